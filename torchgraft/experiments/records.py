@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -75,9 +75,7 @@ class Measurement:
 
     def __post_init__(self) -> None:
         self.metrics = {name: float(value) for name, value in self.metrics.items()}
-        self.curves = {
-            name: ([float(v) for v in x], [float(v) for v in y]) for name, (x, y) in self.curves.items()
-        }
+        self.curves = {name: ([float(v) for v in x], [float(v) for v in y]) for name, (x, y) in self.curves.items()}
         self.examples = {name: [float(v) for v in values] for name, values in self.examples.items()}
         for name, (x, y) in self.curves.items():
             if len(x) != len(y):
@@ -91,6 +89,7 @@ class Measurement:
                 )
 
 
+@runtime_checkable
 class Progress(Protocol):
     """What the engine hands to an arm."""
 

@@ -75,7 +75,7 @@ def peak_bytes(work: Callable[[], Any], device: str = "cpu") -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         work()
     held = peak = 0
-    events = trace.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = trace.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     for _, change in changes:
         held += change

@@ -86,8 +86,6 @@ def _scheduler(schedule: Schedule | None, optimizer: Optimizer, steps: int) -> L
     )
 
 
-
-
 def _save(state: dict[str, Any], folder: Path) -> None:
     """Store a checkpoint so that a crash at any moment leaves either the old or the new one, whole."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -241,6 +239,8 @@ def fit(
         dataset,
         batch_sampler=_Batches(size, batch_size, steps, seed, start, rank, world),
         collate_fn=collate,
+        # the loader draws a seed from its generator: the global one must go on as if training had never stopped
+        generator=torch.Generator().manual_seed(seed),
     )
     if start == 0:
         measure(0)

@@ -1,0 +1,1 @@
+"""One module per speed comparison: ours against a named peer."""

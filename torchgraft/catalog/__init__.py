@@ -1,0 +1,1 @@
+"""What exists: one Markdown card per technique."""

@@ -1,0 +1,1 @@
+"""You hold a pretrained language model."""

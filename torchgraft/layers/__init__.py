@@ -1,0 +1,1 @@
+"""You are building a network."""

@@ -1,0 +1,1 @@
+"""Pure tensor functions that several techniques share or whose speed matters."""

@@ -1,0 +1,1 @@
+"""You hold images and a classifier."""
