@@ -154,7 +154,8 @@ def fingerprint(slug: str, config: Any) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
 
 
-def _environment(device: str) -> dict[str, Any]:
+def environment(device: str) -> dict[str, Any]:
+    """What a number depends on besides the code: versions, device, threads."""
     import torch
 
     found = {
@@ -300,7 +301,7 @@ class Run:
             "version": torchgraft.__version__,
             "date": datetime.date.today().isoformat(),
             "command": self.command,
-            "environment": _environment(getattr(self.config, "device", "cpu")),
+            "environment": environment(getattr(self.config, "device", "cpu")),
             "data": getattr(self.config, "data", ", ".join(self.module.DATA)),
             "config": dataclasses.asdict(self.config),
             "seconds": round(result.seconds, 1),
