@@ -1,0 +1,172 @@
+"""Flow-Attention as a layer and as an attention implementation of transformers (Wu et al., ICML 2022)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from torchgraft.ops.flow_attention import Clamp, FeatureMap, flow_attention
+
+__all__ = ["FlowAttention", "flow_attention", "register_flow_attention"]
+
+
+class FlowAttention(nn.Module):
+    """Multi-head Flow-Attention with the projections of the official code (arXiv 2202.06258, section 3).
+
+    State dicts of the official ``Flow_Attention`` and ``Flow_Attention_Causal`` load into it. Dropout is applied after
+    the output projection, as there, and nothing is dropped inside the attention.
+
+    Args:
+        embed_dim: width of the projections, over all heads.
+        num_heads: heads; must divide ``embed_dim``.
+        d_input: features of the inputs; ``embed_dim`` if not given.
+        d_output: features of the output; ``embed_dim`` if not given.
+        dropout: probability of dropping an output.
+        causal: no sink sees a later source.
+        feature_map: as in ``flow_attention``.
+        clamp: as in ``flow_attention``; the default is the official core's, ``None`` lets all sources compete.
+
+    Raises:
+        ValueError: when ``num_heads`` does not divide ``embed_dim``.
+
+    Example:
+        >>> import torch
+        >>> layer = FlowAttention(32, num_heads=4, causal=True)
+        >>> layer(torch.randn(2, 100, 32)).shape
+        torch.Size([2, 100, 32])
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        d_input: int | None = None,
+        d_output: int | None = None,
+        dropout: float = 0.05,
+        causal: bool = False,
+        *,
+        feature_map: FeatureMap = "sigmoid",
+        clamp: Clamp = (-1.0, 1.0),
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or embed_dim % num_heads:
+            raise ValueError(f"num_heads must divide embed_dim, got num_heads={num_heads}, embed_dim={embed_dim}")
+        d_input = embed_dim if d_input is None else d_input
+        d_output = embed_dim if d_output is None else d_output
+        self.num_heads, self.causal, self.feature_map, self.clamp = num_heads, causal, feature_map, clamp
+        self.query_projection = nn.Linear(d_input, embed_dim)
+        self.key_projection = nn.Linear(d_input, embed_dim)
+        self.value_projection = nn.Linear(d_input, embed_dim)
+        self.out_projection = nn.Linear(embed_dim, d_output)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        query: Float[Tensor, "B L I"],
+        key: Float[Tensor, "B S I"] | None = None,
+        value: Float[Tensor, "B S I"] | None = None,
+        key_padding_mask: Bool[Tensor, "B S"] | None = None,
+        query_padding_mask: Bool[Tensor, "B L"] | None = None,
+    ) -> Float[Tensor, "B L O"]:
+        """Attend from ``query`` to ``key`` and ``value``; self-attention when only ``query`` is given.
+
+        Masks are True where padded; outputs at padded positions are those of a zero attention output.
+        """
+        key = query if key is None else key
+        value = key if value is None else value
+
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+        y = flow_attention(
+            heads(self.query_projection(query)),
+            heads(self.key_projection(key)),
+            heads(self.value_projection(value)),
+            is_causal=self.causal,
+            key_padding_mask=key_padding_mask,
+            query_padding_mask=query_padding_mask,
+            feature_map=self.feature_map,
+            clamp=self.clamp,
+        )
+        return self.dropout(self.out_projection(y.transpose(1, 2).flatten(2)))
+
+    def extra_repr(self) -> str:
+        """What the projections do not show."""
+        return f"num_heads={self.num_heads}, causal={self.causal}, clamp={self.clamp}"
+
+
+def register_flow_attention(name: str = "flow") -> None:
+    """Make ``attn_implementation="flow"`` and ``model.set_attn_implementation("flow")`` work in transformers.
+
+    Works for models that go through transformers' attention interface: encoders (BERT, ViT, …) and decoders (GPT-2,
+    Llama with grouped heads, …), with right or left padding. A pretrained model's weights were trained for softmax
+    and do not carry over without training.
+
+    Refused with a ``ValueError`` at the first forward pass: masks that are not padding (with or without causality),
+    sliding windows, decoding with a key-value cache (pass ``use_cache=False``), attention sinks and logit soft caps.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> register_flow_attention()
+        >>> small = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+        >>> model = BertModel(small)
+        >>> model.set_attn_implementation("flow")
+    """
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(name, _transformers_attention)
+    AttentionMaskInterface.register(name, _transformers_mask)
+
+
+def _transformers_mask(
+    *args: Any, attention_mask: Tensor | None = None, local_size: int | None = None, **kwargs: Any
+) -> Tensor | None:
+    """Hand the two-dimensional padding mask through; transformers would otherwise write out an L x L one."""
+    if local_size is not None:
+        raise ValueError(
+            f"flow attention cannot take a sliding window (this model has one of {local_size}); set "
+            "sliding_window=None in its config or use attn_implementation='sdpa'"
+        )
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    return attention_mask.bool()
+
+
+_REFUSED = ("sliding_window", "s_aux", "softcap", "alibi", "position_bias")
+
+
+def _transformers_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    is_causal: bool | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    for refused in _REFUSED:
+        if kwargs.get(refused) is not None:
+            raise ValueError(f"flow attention cannot take {refused}; use attn_implementation='sdpa' for this model")
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError(
+            "flow attention cannot take an arbitrary attention mask, only padding of shape (batch, length); got one of "
+            f"shape {tuple(attention_mask.shape)}; use attn_implementation='sdpa' for this model"
+        )
+    causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
+    if causal and query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"flow attention got {query.shape[2]} queries and {key.shape[2]} cached keys; a key-value cache does "
+            "not hold what it needs, so pass use_cache=False"
+        )
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    padding = None if attention_mask is None else ~attention_mask[:, -key.shape[2] :]
+    y = flow_attention(query, key, value, is_causal=causal, key_padding_mask=padding)
+    return y.transpose(1, 2).contiguous(), None
