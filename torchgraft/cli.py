@@ -285,8 +285,11 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Ours against a named peer, in one process, in turn; the ratio with its spread."""
+    import os
     import pkgutil
 
+    # torch's profiler, which counts the memory, would otherwise log every start and stop; it reads this when loaded
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     import torchgraft.bench as benches
 
     names = [module.name for module in pkgutil.iter_modules(benches.__path__)]
