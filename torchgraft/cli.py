@@ -122,7 +122,7 @@ def _embedder() -> Any:
         return None
     zoo = importlib.import_module("torchgraft.zoo")
 
-    if zoo.available()["minilm"] is None:
+    if zoo.available().get("minilm") is None:
         return None
     model, tokenizer = zoo.load("minilm")
     return lambda texts: zoo.embed(model, tokenizer, texts).tolist()
