@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: test lint types evidence bench clean
+.PHONY: demo test lint types bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m torchgraft.demo
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -23,6 +26,9 @@ types: $(STAMP)
 
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --cov --cov-report=term
+
+bench: $(STAMP)
+	$(BIN)/torchgraft bench flowformer
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .coverage .hypothesis
