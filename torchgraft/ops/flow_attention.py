@@ -6,7 +6,7 @@ C chunk, N chunks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -324,7 +324,7 @@ class FlowState:
         keys_scaled: sum of keys by their outgoing flow; ``queries_scaled`` of queries by their incoming flow.
         total: log of the sum of exponentials of the conserved outgoing flows, (B, H).
         memory: sum of key-value products, (B, H, D, E).
-        position: how many tokens were seen.
+        position: how many tokens were seen, (B, 1).
     """
 
     keys: Tensor
@@ -333,7 +333,7 @@ class FlowState:
     queries_scaled: Tensor
     total: Tensor
     memory: Tensor
-    position: int
+    position: Tensor
 
     @classmethod
     def empty(cls, batch: int, heads: int, features: int, value_features: int, like: Tensor) -> FlowState:
@@ -342,7 +342,67 @@ class FlowState:
         flat = torch.zeros(batch, heads, features, dtype=kind, device=like.device)
         total = torch.full((batch, heads), -torch.inf, dtype=kind, device=like.device)
         memory = torch.zeros(batch, heads, features, value_features, dtype=kind, device=like.device)
-        return cls(flat, flat.clone(), flat.clone(), flat.clone(), total, memory, 0)
+        seen = torch.zeros(batch, 1, dtype=kind, device=like.device)
+        return cls(flat, flat.clone(), flat.clone(), flat.clone(), total, memory, seen)
+
+    def select(self, rows: Tensor) -> FlowState:
+        """The states of these rows of the batch, in this order; a row may come several times (beam search)."""
+        return FlowState(*(getattr(self, f.name).index_select(0, rows.to(self.memory.device)) for f in fields(self)))
+
+
+def flow_attention_state(
+    q: Float[Tensor, "B H L D"],
+    k: Float[Tensor, "B H L D"],
+    v: Float[Tensor, "B H L E"],
+    *,
+    key_padding_mask: Bool[Tensor, "B L"] | None = None,
+    feature_map: FeatureMap = "sigmoid",
+    clamp: Clamp = (-1.0, 1.0),
+    eps: float = 1e-6,
+    competition: bool = True,
+) -> FlowState:
+    """What causal ``flow_attention`` remembers after a prompt, so that ``flow_attention_step`` can go on from there.
+
+    Padding, on either side, leaves no trace in the state. Takes what ``flow_attention`` takes and raises what it does.
+
+    Example:
+        >>> import torch
+        >>> x = torch.randn(1, 2, 6, 4)
+        >>> state = flow_attention_state(x[:, :, :5], x[:, :, :5], x[:, :, :5])
+        >>> last, state = flow_attention_step(x[:, :, 5], x[:, :, 5], x[:, :, 5], state)
+        >>> torch.allclose(last, flow_attention(x, x, x, is_causal=True)[:, :, 5], atol=1e-5)
+        True
+    """
+    _check(q, k, v, True, key_padding_mask, clamp, eps)
+    rule = _Rule(clamp, eps, competition, True)
+    wide = torch.promote_types(torch.promote_types(q.dtype, v.dtype), torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        sinks = _mapped(q.to(wide), feature_map, key_padding_mask)
+        sources = _mapped(k.to(wide), feature_map, key_padding_mask)
+        values = v.to(wide)
+        seen = torch.ones(q.shape[0], q.shape[2], dtype=wide, device=q.device)
+        if key_padding_mask is not None:
+            seen = (~key_padding_mask).to(wide)
+            values = values.masked_fill(key_padding_mask[:, None, :, None], 0)
+        position = seen.cumsum(-1).clamp(min=1)[:, None]
+        incoming = _dot(sinks + eps, sources.cumsum(2) + eps)
+        outgoing = _dot(sources + eps, sinks.cumsum(2) + eps)
+        if key_padding_mask is not None:
+            # mapped padding is 0, so what is divided is 0 too; 1 keeps 0 / 0 away where eps is 0
+            incoming, outgoing = (x.masked_fill(key_padding_mask[:, None], 1) for x in (incoming, outgoing))
+        queries_scaled = (sinks * (position / incoming)[..., None]).cumsum(2)
+        keys_scaled = (sources * (position / outgoing)[..., None]).sum(2)
+        total = torch.full_like(position[..., -1], -torch.inf).expand(q.shape[:2])
+        if competition:
+            conserved = rule.bounded(_dot(sources + eps, queries_scaled + eps) / position)
+            if key_padding_mask is not None:
+                conserved = conserved.masked_fill(key_padding_mask[:, None], -torch.inf)
+            values = values * (position * _running_softmax(conserved))[..., None]
+            total = conserved.logsumexp(-1)
+        memory = sources.transpose(-1, -2) @ values
+    return FlowState(
+        sources.sum(2), sinks.sum(2), keys_scaled, queries_scaled[:, :, -1], total, memory, seen.sum(-1, keepdim=True)
+    )
 
 
 def flow_attention_step(

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from torchgraft.ops.flow_attention import Clamp, FeatureMap, flow_attention
+from torchgraft.ops.flow_attention import (
+    Clamp,
+    FeatureMap,
+    FlowState,
+    flow_attention,
+    flow_attention_state,
+    flow_attention_step,
+)
 
-__all__ = ["FlowAttention", "flow_attention", "register_flow_attention"]
+__all__ = ["FlowAttention", "register_flow_attention"]
 
 
 class FlowAttention(nn.Module):
@@ -76,21 +84,44 @@ class FlowAttention(nn.Module):
         """
         key = query if key is None else key
         value = key if value is None else value
-
-        def heads(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
         y = flow_attention(
-            heads(self.query_projection(query)),
-            heads(self.key_projection(key)),
-            heads(self.value_projection(value)),
+            *self._heads(query, key, value),
             is_causal=self.causal,
             key_padding_mask=key_padding_mask,
             query_padding_mask=query_padding_mask,
             feature_map=self.feature_map,
             clamp=self.clamp,
         )
+        return self._out(y)
+
+    def _heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        projected = (self.query_projection(query), self.key_projection(key), self.value_projection(value))
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected)
+        return q, k, v
+
+    def _out(self, y: Tensor) -> Tensor:
         return self.dropout(self.out_projection(y.transpose(1, 2).flatten(2)))
+
+    def prefill(
+        self, x: Float[Tensor, "B L I"], key_padding_mask: Bool[Tensor, "B L"] | None = None
+    ) -> tuple[Float[Tensor, "B L O"], FlowState]:
+        """Causal self-attention over a prompt, and the state to go on from with ``step``."""
+        self._must_be_causal("prefill")
+        q, k, v = self._heads(x, x, x)
+        mask, feature_map, clamp = key_padding_mask, self.feature_map, self.clamp
+        y = flow_attention(q, k, v, is_causal=True, key_padding_mask=mask, feature_map=feature_map, clamp=clamp)
+        return self._out(y), flow_attention_state(q, k, v, key_padding_mask=mask, feature_map=feature_map, clamp=clamp)
+
+    def step(self, x: Float[Tensor, "B I"], state: FlowState) -> tuple[Float[Tensor, "B O"], FlowState]:
+        """One token after those that ``state`` has seen; time and memory do not grow with their number."""
+        self._must_be_causal("step")
+        q, k, v = (part[:, :, 0] for part in self._heads(*[x[:, None]] * 3))
+        y, state = flow_attention_step(q, k, v, state, feature_map=self.feature_map, clamp=self.clamp)
+        return self._out(y[:, :, None])[:, 0], state
+
+    def _must_be_causal(self, what: str) -> None:
+        if not self.causal:
+            raise ValueError(f"{what} needs a causal layer; make it with FlowAttention(..., causal=True)")
 
     def extra_repr(self) -> str:
         """What the projections do not show."""
@@ -102,7 +133,7 @@ def register_flow_attention(name: str = "flow") -> None:
 
     Works for models that go through transformers' attention interface: encoders (BERT, ViT, …) and decoders (GPT-2,
     Llama with grouped heads, …), with right or left padding. A pretrained model's weights were trained for softmax
-    and do not carry over without training.
+    and do not carry over without training; a model from a checkpoint warns once when it is used in eval mode.
 
     Refused with a ``ValueError`` at the first forward pass: masks that are not padding (with or without causality),
     sliding windows, decoding with a key-value cache (pass ``use_cache=False``), attention sinks and logit soft caps.
@@ -138,6 +169,16 @@ def _transformers_mask(
 _REFUSED = ("sliding_window", "s_aux", "softcap", "alibi", "position_bias")
 
 
+def _warn_of_softmax_weights(module: nn.Module) -> None:
+    origin = getattr(getattr(module, "config", None), "_name_or_path", "")
+    if origin and not module.training:
+        warnings.warn(
+            f"flow attention runs on the weights of {origin!r}; if they were trained with softmax attention, the model "
+            "is of no use until it is trained further with flow attention",
+            stacklevel=2,
+        )
+
+
 def _transformers_attention(
     module: nn.Module,
     query: Tensor,
@@ -150,6 +191,7 @@ def _transformers_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
+    _warn_of_softmax_weights(module)
     for refused in _REFUSED:
         if kwargs.get(refused) is not None:
             raise ValueError(f"flow attention cannot take {refused}; use attn_implementation='sdpa' for this model")
