@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from torchgraft.datasets import cache_folder
 
-__all__ = ["MODELS", "CifarResNet", "ModelNotFoundError", "Source", "available", "embed", "load", "tiny_llama"]
+__all__ = ["MODELS", "CifarResNet", "ModelNotFoundError", "Source", "available", "embed", "load"]
 
 
 class ModelNotFoundError(FileNotFoundError):
@@ -243,33 +243,6 @@ def _language_model(folder: Path, cache: Path, dtype: torch.dtype, device: str) 
         folder = cache
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     return model, AutoTokenizer.from_pretrained(folder)
-
-
-def tiny_llama() -> tuple[Any, Any]:
-    """A Llama of random weights over bytes, with its tokenizer: the same every time, and there is nothing to download.
-
-    It knows nothing, and depends on positions, order and context as any model does; for tests and smoke runs.
-    """
-    import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    inner = Tokenizer(models.BPE(letters | {"<pad>": 256, "<end>": 257}, []))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<end>")
-    config = transformers.LlamaConfig(
-        vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=1024, pad_token_id=256, bos_token_id=None, eos_token_id=257,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config)
-    draw = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim > 1:
-                p.copy_(0.3 * torch.randn(p.shape, generator=draw))
-    model.generation_config.eos_token_id = None
-    return model.eval(), tokenizer
 
 
 def embed(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> Float[Tensor, "texts features"]:

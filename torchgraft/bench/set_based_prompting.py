@@ -14,6 +14,7 @@ from torchgraft.language.set_based_prompting import (
     generate,
     multiple_choice_prompt,
     score_options,
+    toy_model,
 )
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def _scoring(model: Any, tokenizer: Any, options: int) -> tuple[Callable[[], Any
 
 def cases(quick: bool, device: str) -> list[Case]:
     """Generation for one and eight prompts, scoring for two to four options."""
-    model, tokenizer = zoo.tiny_llama() if quick else zoo.load("smollm2-135m-instruct")
+    model, tokenizer = toy_model() if quick else zoo.load("smollm2-135m-instruct")
     model = model.to(device)
     found = [
         Case(

