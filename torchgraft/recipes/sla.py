@@ -92,9 +92,9 @@ class Config:
     shots: int = 20
     network: Literal["cnn", "resnet32"] = "cnn"
     channels: tuple[int, ...] = (24, 48, 96, 96)
-    steps: int = 300
+    steps: int = 900
     batch_size: int = 64
-    tune_steps: int = 300
+    tune_steps: int = 200
     learning_rates: tuple[float, ...] = (0.1, 0.4)
     schedule: Literal["one_cycle", "steps"] = "one_cycle"
     crop: bool = False
@@ -309,17 +309,16 @@ def figures(result: Result) -> Mapping[str, Figure]:
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     styles = ("-", ":", "--", "-.", ":", "-", "-")
-    lowest = 100.0
     for place, (name, colour) in enumerate(zip(READINGS, _COLOURS, strict=True)):
         values = 100 * result.values(name, "accuracy")
-        lowest = min(lowest, values.min())
-        left.barh(place, values.mean(), color=colour, alpha=0.45)
-        left.plot(values, [place] * len(values), "o", color=colour, markersize=4)
+        # marks and no bars: a bar would have to begin at zero, where nothing happens
+        left.plot([values.mean()] * 2, [place - 0.3, place + 0.3], color=colour, linewidth=3)
+        left.plot(values, [place] * len(values), "o", color=colour, markersize=5)
     left.set_yticks(range(len(READINGS)), READINGS)
     left.invert_yaxis()
-    left.set_xlim(max(0, lowest - 8), None)
+    left.grid(axis="x", alpha=0.3)
     left.set(xlabel="test accuracy, % (balanced over classes)")
-    left.set_title(f"{result.config.data}, {result.config.variant}; bar = mean, dot = seed", fontsize=10)
+    left.set_title(f"{result.config.data}, {result.config.variant}; line = mean, dot = seed", fontsize=10)
     for name, colour, style in zip(READINGS, _COLOURS, styles, strict=True):
         x, y = result.curve(name, "accuracy")
         if name == EQUAL:
