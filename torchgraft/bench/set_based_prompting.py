@@ -70,7 +70,7 @@ def cases(quick: bool, device: str) -> list[Case]:
             peer_name=GENERATE,
             make=partial(_generation, model, tokenizer, prompts, new),
         )
-        for prompts, new in ([(2, 3)] if quick else [(1, 32), (8, 32)])
+        for prompts, new in ([(2, 3)] if quick else [(1, 32), (1, 128), (8, 32)])
     ]
     return found + [
         Case(
@@ -92,8 +92,8 @@ def figures(record: Mapping[str, Any]) -> Mapping[str, Figure]:
     for shift, key, name, colour in ((-0.2, "ours_s", "set-based", "#0072B2"), (0.2, "peer_s", GENERATE, "#D55E00")):
         speeds = [c["size"]["prompts"] * c["size"]["new tokens"] / c[key] for c in rows]
         left.bar([i + shift for i in range(len(rows))], speeds, 0.38, color=colour, label=name)
-    left.set_xticks(range(len(rows)), [f"{c['size']['prompts']} prompts" for c in rows])
-    left.set(ylabel="new tokens per second")
+    left.set_xticks(range(len(rows)), [f"{c['size']['prompts']} × {c['size']['new tokens']}" for c in rows])
+    left.set(ylabel="new tokens per second", xlabel="prompts × new tokens")
     left.legend(frameon=False)
     rows = [c for c in record["cases"] if c["peer"] == VOTE]
     options = [c["size"]["options"] for c in rows]
