@@ -311,7 +311,7 @@ def bench(
                 raise ValueError("--record needs a checkout of the repository; this is an installed package")
             for path in store(stored, folder / "bench"):
                 typer.echo(f"Recorded: {path}", err=True)
-            for card in catalog.cards():
+            for card in catalog.cards().values():
                 if name in card.bench:
                     catalog.fill(card.slug)
     if as_json:
