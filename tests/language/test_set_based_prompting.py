@@ -832,6 +832,38 @@ def test_multiple_choice_prompt_is_the_official_one():
     assert prompt == SetPrompt.parse(markup)
 
 
+def test_the_toy_model_is_the_same_every_time_and_depends_on_the_order():
+    state = torch.get_rng_state()
+    (model, bytewise), (again, _) = sbp.toy_model(), sbp.toy_model()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+    assert not torch.equal(model.lm_head.weight, sbp.toy_model(seed=1)[0].lm_head.weight)
+    text = "naïve €\n"
+    assert bytewise(text)["input_ids"] == list(text.encode())
+    assert bytewise.decode(list(text.encode())) == text
+    prompts = all_orders(sbp.multiple_choice_prompt("Hot?", ["ice", "a fire", "snow"]))
+    assert change(suffix_logits(model, bytewise, prompts)) <= 1e-4
+    assert change(suffix_logits(model, bytewise, prompts, PLAIN)) > 0.1
+
+
+@pytest.mark.parametrize("width", [0, 6])
+def test_toy_model_refuses_a_width_it_cannot_have(width):
+    with pytest.raises(ValueError, match="multiple of 4"):
+        sbp.toy_model(width=width)
+
+
+def test_worst_and_best_of_two_of_the_recipe_are_means_over_pairs_of_orders():
+    from torchgraft.recipes.set_based_prompting import _of_two
+
+    choices = torch.randint(0, 3, (5, 4), generator=torch.Generator().manual_seed(0))
+    report = sbp.OrderReport(F.one_hot(choices, 3).float(), [], torch.tensor([0, 1, 2, 0, 1]))
+    worst, best = _of_two(report)
+    pairs = [[(a, b) for a, b in itertools.combinations(row, 2)] for row in report.right.tolist()]
+    assert worst.examples["accuracy"] == pytest.approx([sum(a and b for a, b in row) / 6 for row in pairs])
+    assert best.examples["accuracy"] == pytest.approx([sum(a or b for a, b in row) / 6 for row in pairs])
+    assert worst.metrics["accuracy"] < float(report.right.float().mean()) < best.metrics["accuracy"]
+
+
 @pytest.mark.slow
 def test_on_a_real_model():
     """Suffix logits of SmolLM2 to 1e-4 for all orders of three options; the plain prompt moves."""

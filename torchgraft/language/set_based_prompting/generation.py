@@ -3,6 +3,9 @@
 The model itself is not touched: its prompt pass over all tokens but the last fills a cache, and transformers' own
 `generate` goes on from there. The last token of a prompt and all new ones attend to everything, which an ordinary mask
 of padding says, and their positions are given.
+
+That is one decoding step more than `generate` on a plain prompt takes, whose prompt pass gives the first new token too.
+To save it, the model's forward would have to be hooked while it generates, which other threads would feel.
 """
 
 from __future__ import annotations
