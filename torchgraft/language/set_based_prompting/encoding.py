@@ -5,6 +5,7 @@ B prompts, s tokens, q queries, k keys.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -372,6 +373,11 @@ def forward(model: Any, batch: Mapping[str, Tensor], **kwargs: Any) -> Any:
 
     check_model(model, length=batch["input_ids"].shape[1])
     return run(model, batch, **kwargs)
+
+
+def cache_name(model: Any) -> str:
+    """What this model calls its cache: ``cache`` since transformers 5.24, ``past_key_values`` before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def run(model: Any, batch: Mapping[str, Tensor], **kwargs: Any) -> Any:

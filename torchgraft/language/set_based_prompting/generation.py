@@ -24,6 +24,7 @@ from torchgraft.language.set_based_prompting.encoding import (
     Editing,
     Part,
     additive_mask,
+    cache_name,
     collate,
     elements_of,
     is_text,
@@ -46,6 +47,7 @@ _RESERVED = {
     "attention_mask": "it is made from the prompts",
     "position_ids": "they are made from the prompts",
     "past_key_values": "use store= to re-use elements",
+    "cache": "use store= to re-use elements",
     "cache_implementation": "a dynamic cache is filled by the prompt pass",
     "assistant_model": "assisted decoding reads the prompt in its flat order",
     "prompt_lookup_num_tokens": "it copies n-grams from the flat prompt, which depends on the order",
@@ -171,7 +173,7 @@ def generate(
         batch["input_ids"],
         attention_mask=(batch["set_ids"] != PADDING).long(),
         position_ids=batch["position_ids"],
-        past_key_values=cache,
+        **{cache_name(model): cache},
         **generation_kwargs,
     )
     if not torch.is_tensor(found):
@@ -196,7 +198,8 @@ def prompt_pass(model: Any, batch: dict[str, Tensor], editing: Editing) -> Any:
 
     # no config for the cache: layers with a sliding window would drop tokens by their flat index
     cache = DynamicCache()
-    run(model, with_mask(batch, editing, model), past_key_values=cache, use_cache=True, **_one_logit(model))
+    kwargs = {cache_name(model): cache, **_one_logit(model)}
+    run(model, with_mask(batch, editing, model), use_cache=True, **kwargs)
     return cache
 
 
@@ -267,8 +270,8 @@ def _extend(model: Any, cache: KeysValues, texts: Sequence[Sequence[int]], start
         input_ids=ids,
         position_ids=positions,
         attention_mask=additive_mask(allowed, model.dtype),
-        past_key_values=shared,
         use_cache=True,
+        **{cache_name(model): shared},
         **_one_logit(model),
     )
     return [

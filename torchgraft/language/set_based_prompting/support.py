@@ -122,7 +122,7 @@ def _probe(model: Any, name: str) -> None:
             ]
             rows = [lay_out([[a], [[b, c], [d, e]], [f]], SET_BASED, 0)]
             out = run(model, with_mask(collate(rows, 0), SET_BASED, model), use_cache=True)
-            seen = out.past_key_values.get_seq_length()
+            seen = out.get("cache", out.get("past_key_values")).get_seq_length()
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, NotImplementedError) as error:
         raise ValueError(f"model: {name} does not run with a 4-d mask, position ids and a cache: {error}") from error
     if deaf:

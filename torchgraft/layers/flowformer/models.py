@@ -37,6 +37,10 @@ __all__ = [
 ]
 
 
+# transformers 5.24 renamed it, in arguments and outputs
+_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
 class FlowformerConfig(PreTrainedConfig):
     """Sizes of a Flowformer.
 
@@ -59,7 +63,7 @@ class FlowformerConfig(PreTrainedConfig):
 
     model_type = "flowformer"
     attribute_map = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}  # noqa: RUF012
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -210,6 +214,12 @@ class FlowformerPreTrainedModel(PreTrainedModel):
         return False
 
 
+def _either(past_key_values: FlowCache | None, cache: FlowCache | None) -> FlowCache | None:
+    if past_key_values is not None and cache is not None:
+        raise ValueError("past_key_values and cache are two names of one argument; give one of them")
+    return cache if past_key_values is None else past_key_values
+
+
 class FlowformerModel(FlowformerPreTrainedModel):
     """Token and position embeddings, pre-norm blocks of Flow-Attention, final norm.
 
@@ -255,6 +265,7 @@ class FlowformerModel(FlowformerPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
+        cache: FlowCache | None = None,
         **kwargs: Any,
     ) -> Any:
         """Hidden states (B, L, hidden_size).
@@ -263,7 +274,8 @@ class FlowformerModel(FlowformerPreTrainedModel):
             input_ids: (B, L); or ``inputs_embeds`` (B, L, hidden_size).
             attention_mask: 1 where there is a token, (B, L), or (B, all tokens so far) with a cache.
             position_ids: (B, L); counted from the mask if not given.
-            past_key_values: of an earlier call; what follows must not be padding.
+            past_key_values: of an earlier call; what follows must not be padding. ``cache`` is the same, by the name
+                that transformers gives it since 5.24.
             use_cache: return a ``FlowCache``.
             return_dict: False gives a tuple.
             kwargs: not used; ``generate`` passes what other models need.
@@ -276,6 +288,7 @@ class FlowformerModel(FlowformerPreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         batch, length = x.shape[:2]
+        past_key_values = _either(past_key_values, cache)
         if past_key_values is not None and not isinstance(past_key_values, FlowCache):
             raise ValueError(
                 f"past_key_values must be a FlowCache, got {type(past_key_values).__name__}; a key-value cache does "
@@ -328,7 +341,7 @@ class FlowformerModel(FlowformerPreTrainedModel):
         x = self.ln_f(x)
         if return_dict is False:
             return (x,) if cache is None else (x, cache)
-        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=cache)
+        return BaseModelOutputWithPast(last_hidden_state=x, **{_CACHE: cache})
 
 
 class FlowformerForCausalLM(FlowformerPreTrainedModel, GenerationMixin):
@@ -360,6 +373,7 @@ class FlowformerForCausalLM(FlowformerPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        cache: FlowCache | None = None,
         **kwargs: Any,
     ) -> Any:
         """Logits (B, L, vocab_size), and the loss where ``labels`` are given.
@@ -370,9 +384,9 @@ class FlowformerForCausalLM(FlowformerPreTrainedModel, GenerationMixin):
         # a cache costs a second pass over the prompt's sums; in training there is nobody to use it
         use_cache = (self.config.use_cache and not self.training and labels is None) if use_cache is None else use_cache
         found = self.transformer(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache
+            input_ids, attention_mask, position_ids, _either(past_key_values, cache), inputs_embeds, use_cache=use_cache
         )
-        hidden = found.last_hidden_state
+        hidden, cache = found.last_hidden_state, found.get(_CACHE)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept])
         loss = None
@@ -383,8 +397,8 @@ class FlowformerForCausalLM(FlowformerPreTrainedModel, GenerationMixin):
                 )
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         if return_dict is False:
-            return tuple(part for part in (loss, logits, found.past_key_values) if part is not None)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=found.past_key_values)
+            return tuple(part for part in (loss, logits, cache) if part is not None)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{_CACHE: cache})
 
 
 class FlowformerForSequenceClassification(FlowformerPreTrainedModel):
