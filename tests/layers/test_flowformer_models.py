@@ -205,3 +205,43 @@ def test_softmax_weights_under_flow_are_warned_of(tmp_path):
     model = transformers.BertModel.from_pretrained(tmp_path, attn_implementation="flow").eval()
     with pytest.warns(UserWarning, match="trained further with flow attention"):
         model(torch.arange(5)[None])
+
+
+def test_hidden_states_are_those_of_the_blocks():
+    model, ids = language_model(), torch.arange(2, 14).view(2, 6)
+    out = model(ids, output_hidden_states=True)
+    assert [h.shape for h in out.hidden_states] == [(2, 6, 16)] * 3
+    torch.testing.assert_close(model.lm_head(out.hidden_states[-1]), out.logits)
+    without = model(ids, use_cache=False, output_hidden_states=True)
+    for a, b in zip(out.hidden_states, without.hidden_states, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    last = model.transformer.ln_f(model.transformer.h[1](without.hidden_states[1], None))
+    torch.testing.assert_close(last, without.hidden_states[2])
+    classifier = FlowformerForSequenceClassification(config(output_hidden_states=True)).eval()
+    assert len(classifier(ids).hidden_states) == 3
+    assert len(classifier(ids, return_dict=False)) == 2
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    model = language_model(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0).train()
+    ids = torch.arange(2, 14).view(2, 6)
+
+    def gradients():
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    plain = gradients()
+    # transformers 5.24 renamed it
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    assert any(getattr(block, "gradient_checkpointing", False) for block in model.transformer.h)
+    for a, b in zip(plain, gradients(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_cannot_be_given_is_refused():
+    model = language_model()
+    with pytest.raises(ValueError, match="never forms an attention matrix"):
+        model(torch.arange(2, 6)[None], output_attentions=True)
+    with pytest.raises(ValueError, match="at least one token"):
+        model(torch.zeros(2, 0, dtype=torch.long))

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -147,7 +148,7 @@ class _Back(nn.Linear):
     """The feed-forward's way back into the residual stream, whose first weights are smaller the deeper the model."""
 
 
-class _Block(nn.Module):
+class _Block(GradientCheckpointingLayer):
     def __init__(self, config: FlowformerConfig, causal: bool) -> None:
         super().__init__()
         width = config.hidden_size
@@ -192,7 +193,7 @@ class FlowformerPreTrainedModel(PreTrainedModel):
     config_class = FlowformerConfig
     config: FlowformerConfig
     base_model_prefix = "transformer"
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
     _no_split_modules = ["_Block"]  # noqa: RUF012
 
     @torch.no_grad()
@@ -212,6 +213,11 @@ class FlowformerPreTrainedModel(PreTrainedModel):
     def _supports_default_dynamic_cache(cls) -> bool:
         # generate would otherwise hand in a key-value cache, which does not hold what is needed
         return False
+
+
+def _no_attentions(asked: bool | None) -> None:
+    if asked:
+        raise ValueError("output_attentions=True: Flow-Attention never forms an attention matrix; leave it out")
 
 
 def _either(past_key_values: FlowCache | None, cache: FlowCache | None) -> FlowCache | None:
@@ -264,6 +270,8 @@ class FlowformerModel(FlowformerPreTrainedModel):
         past_key_values: FlowCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cache: FlowCache | None = None,
         **kwargs: Any,
@@ -277,17 +285,24 @@ class FlowformerModel(FlowformerPreTrainedModel):
             past_key_values: of an earlier call; what follows must not be padding. ``cache`` is the same, by the name
                 that transformers gives it since 5.24.
             use_cache: return a ``FlowCache``.
+            output_attentions: refused, since there is no attention matrix.
+            output_hidden_states: also the embeddings and what each block gives, the last of them normalised.
             return_dict: False gives a tuple.
             kwargs: not used; ``generate`` passes what other models need.
 
         Raises:
-            ValueError: for a sequence longer than ``max_position_embeddings``, a mask that is not (B, L), padding
-                after a cache, or a cache that is no ``FlowCache``.
+            ValueError: for an empty sequence, one longer than ``max_position_embeddings``, a mask that is not (B, L),
+                padding after a cache, or a cache that is no ``FlowCache``.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
+        _no_attentions(output_attentions)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         batch, length = x.shape[:2]
+        if length == 0:
+            raise ValueError("the sequence is empty (length 0); give at least one token")
         past_key_values = _either(past_key_values, cache)
         if past_key_values is not None and not isinstance(past_key_values, FlowCache):
             raise ValueError(
@@ -314,12 +329,13 @@ class FlowformerModel(FlowformerPreTrainedModel):
             else:
                 position_ids = torch.arange(length, device=x.device)[None]
         limit = self.config.max_position_embeddings
-        if int(position_ids.max()) >= limit:
+        if position_ids.numel() and int(position_ids.max()) >= limit:
             raise ValueError(
                 f"the sequence reaches position {int(position_ids.max())}, but max_position_embeddings is {limit}; "
                 "shorten it, or make the model with more positions"
             )
         x = self.drop(x + self.wpe(position_ids))
+        seen = [x]
         cache = None
         if past_key_values is not None:
             if padding is not None:
@@ -328,20 +344,24 @@ class FlowformerModel(FlowformerPreTrainedModel):
             for block, state in zip(self._blocks(), past_key_values.states, strict=True):
                 x, state = block.steps(x, state)
                 states.append(state)
+                seen.append(x)
             cache = FlowCache(states, past_key_values.length + length)
         elif use_cache:
             states = []
             for block in self._blocks():
                 x, state = block.prefill(x, padding)
                 states.append(state)
+                seen.append(x)
             cache = FlowCache(states, length)
         else:
             for block in self._blocks():
                 x = block(x, padding)
+                seen.append(x)
         x = self.ln_f(x)
+        hidden_states = (*seen[:-1], x) if output_hidden_states else None
         if return_dict is False:
-            return (x,) if cache is None else (x, cache)
-        return BaseModelOutputWithPast(last_hidden_state=x, **{_CACHE: cache})
+            return tuple(part for part in (x, cache, hidden_states) if part is not None)
+        return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=hidden_states, **{_CACHE: cache})
 
 
 class FlowformerForCausalLM(FlowformerPreTrainedModel, GenerationMixin):
@@ -372,6 +392,8 @@ class FlowformerForCausalLM(FlowformerPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cache: FlowCache | None = None,
         **kwargs: Any,
@@ -384,8 +406,9 @@ class FlowformerForCausalLM(FlowformerPreTrainedModel, GenerationMixin):
         # a cache costs a second pass over the prompt's sums; in training there is nobody to use it
         use_cache = (self.config.use_cache and not self.training and labels is None) if use_cache is None else use_cache
         found = self.transformer(
-            input_ids, attention_mask, position_ids, _either(past_key_values, cache), inputs_embeds, use_cache=use_cache
-        )
+            input_ids, attention_mask, position_ids, _either(past_key_values, cache), inputs_embeds,
+            use_cache=use_cache, output_attentions=output_attentions, output_hidden_states=output_hidden_states,
+        )  # fmt: skip
         hidden, cache = found.last_hidden_state, found.get(_CACHE)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept])
@@ -397,8 +420,10 @@ class FlowformerForCausalLM(FlowformerPreTrainedModel, GenerationMixin):
                 )
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         if return_dict is False:
-            return tuple(part for part in (loss, logits, cache) if part is not None)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **{_CACHE: cache})
+            return tuple(part for part in (loss, logits, cache, found.hidden_states) if part is not None)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, hidden_states=found.hidden_states, **{_CACHE: cache}
+        )  # fmt: skip
 
 
 class FlowformerForSequenceClassification(FlowformerPreTrainedModel):
@@ -424,13 +449,17 @@ class FlowformerForSequenceClassification(FlowformerPreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Logits (B, num_labels), and the loss where ``labels`` are given: classes, or floats for regression."""
-        hidden = self.transformer(
-            input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, use_cache=False
-        ).last_hidden_state
+        found = self.transformer(
+            input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, use_cache=False,
+            output_attentions=output_attentions, output_hidden_states=output_hidden_states,
+        )  # fmt: skip
+        hidden = found.last_hidden_state
         mask = hidden.new_ones(hidden.shape[:2]) if attention_mask is None else attention_mask.to(hidden.dtype)
         logits = self.score((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
         loss = None
@@ -441,8 +470,8 @@ class FlowformerForSequenceClassification(FlowformerPreTrainedModel):
                 self.config.problem_type = "regression" if self.num_labels == 1 else many
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
         if return_dict is False:
-            return (logits,) if loss is None else (loss, logits)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+            return tuple(part for part in (loss, logits, found.hidden_states) if part is not None)
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=found.hidden_states)
 
 
 AutoConfig.register("flowformer", FlowformerConfig, exist_ok=True)
