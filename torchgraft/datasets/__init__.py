@@ -31,6 +31,7 @@ __all__ = [
     "EventTables",
     "Images",
     "MultipleChoice",
+    "Photos",
     "Question",
     "Sentences",
     "Source",
@@ -57,6 +58,15 @@ class Images:
                 raise ValueError(f"{len(x)} images have {len(y)} labels; the files do not belong together")
             if y.numel() and not (int(y.min()) >= 0 and int(y.max()) < len(self.classes)):
                 raise ValueError(f"labels run from {int(y.min())} to {int(y.max())}, want 0..{len(self.classes) - 1}")
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Labelled photos, each of its own size: uint8 (3, H, W) in 0..255; ``y`` int64 of shape (N,)."""
+
+    x: tuple[Tensor, ...]
+    y: Tensor
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -121,7 +131,7 @@ class EventTables:
     diagnoses: DataFrame
 
 
-Data = Images | Text | MultipleChoice | Sentences | Table | EventTables
+Data = Images | Photos | Text | MultipleChoice | Sentences | Table | EventTables
 Split = Callable[..., Any]
 """From the name of a split (and a configuration) to its table as the hub's ``datasets.load_dataset`` gives it."""
 
@@ -215,6 +225,20 @@ def _cifar10(folder: Path) -> Images:
 
     train = part(["data_batch_1.png", "data_batch_2.png"], "train_lables.json")
     return Images(*train, *part(["test_batch.png"], "test_lables.json"), tuple(_CIFAR_NAMES.split()))
+
+
+def _imagenet_samples(folder: Path) -> Photos:
+    """One photo of every eighth class of ImageNet-1k, named by WordNet identifier, in the order of the classes."""
+    from PIL import Image
+
+    paths = sorted((folder / "images/imagenet-samples").glob("*.JPEG"))
+    if len(paths) != 125:
+        raise ValueError(f"{folder / 'images/imagenet-samples'} should hold 125 photos, has {len(paths)}")
+    photos = []
+    for path in paths:
+        with Image.open(path) as image:
+            photos.append(torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1).contiguous())
+    return Photos(tuple(photos), torch.arange(125) * 8, tuple(path.stem.split("_", 1)[1] for path in paths))
 
 
 def _shakespeare(folder: Path) -> Text:
@@ -339,6 +363,9 @@ DATASETS = {
         _CIFAR, "uoft-cs/cifar10", "none stated", _cifar10,
         lambda split: _hub_images(split, "img", _CIFAR_NAMES, 20_000),
     ),
+    "imagenet-samples": Source(
+        ("images/imagenet-samples/n01440764_tench.JPEG",), "", "none stated, evaluation only", _imagenet_samples
+    ),
     "shakespeare": Source(
         ("text/shakespeare.txt",), "karpathy/tiny_shakespeare", "public domain", _shakespeare, _hub_shakespeare
     ),
@@ -419,9 +446,9 @@ def load(name: str) -> Any:
 
     Returns:
         ``Images`` (digits, fashion-mnist, cifar10: the first 20,000 training images and all 10,000 test images,
-        lossless), ``Text`` (shakespeare: first nine tenths and last tenth; wikitext2: validation and test text),
-        ``MultipleChoice`` (questions, commonsenseqa), ``Sentences`` (sst2: whole sentences, two classes), ``Table``
-        (titanic) or ``EventTables`` (nafld).
+        lossless), ``Photos`` (imagenet-samples: 125, one of every eighth class), ``Text`` (shakespeare: first nine
+        tenths and last tenth; wikitext2: validation and test text), ``MultipleChoice`` (questions, commonsenseqa),
+        ``Sentences`` (sst2: whole sentences, two classes), ``Table`` (titanic) or ``EventTables`` (nafld).
 
     Raises:
         ValueError: for an unknown name (the nearest is suggested) and for damaged files.
