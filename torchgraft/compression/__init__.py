@@ -1,0 +1,1 @@
+"""You must make a model smaller, or live with one that was made smaller."""

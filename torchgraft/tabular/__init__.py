@@ -1,0 +1,1 @@
+"""You hold tables or event logs."""
