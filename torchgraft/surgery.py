@@ -6,15 +6,16 @@ import fnmatch
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any
+from types import TracebackType, UnionType
+from typing import Any, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 __all__ = ["Match", "NothingMatchedError", "Replaced", "Report", "find", "replace"]
 
-Target = type[nn.Module] | tuple[type[nn.Module], ...] | str | Callable[[str, nn.Module], bool]
+Target = type[nn.Module] | tuple[type[nn.Module], ...] | UnionType | str | Callable[[str, nn.Module], bool]
 
 
 class NothingMatchedError(ValueError):
@@ -44,8 +45,9 @@ class Replaced:
 
     @property
     def parameters(self) -> tuple[int, int]:
-        """Numbers of parameters before and after."""
-        return sum(p.numel() for p in self.old.parameters()), sum(p.numel() for p in self.new.parameters())
+        """Numbers of parameters before and after; those of a lazy module that has not run yet are not counted."""
+        before, after = (sum(p.numel() for p in m.parameters() if not is_lazy(p)) for m in (self.old, self.new))
+        return before, after
 
 
 _HOOKS = (
@@ -78,7 +80,9 @@ class Report:
         return "\n".join(lines)
 
     def undo(self) -> None:
-        """Put the very modules back that were there before.
+        """Put the very modules back that were there before, in the mode (training or not) that the model is in now.
+
+        Their device and dtype are what they were: move the model after undoing, not before.
 
         Raises:
             RuntimeError: when it was undone already, or somebody replaced one of the modules since; nothing is changed.
@@ -90,6 +94,7 @@ class Report:
                 if _get(self.model, name) is not entry.new:
                     raise RuntimeError(f"{name!r} was replaced again since; undo that replacement first")
         for entry in self.replaced:
+            _carry_modes(entry.new, entry.old)
             for name in entry.names:
                 _set(self.model, name, entry.old)
         self.undone = True
@@ -98,44 +103,56 @@ class Report:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if not self.undone:
+        if self.undone:
+            return
+        try:
             self.undo()
+        except RuntimeError as failure:
+            if error is None:
+                raise
+            # the error inside the block is what the user must see first
+            error.add_note(f"and the replacement could not be undone: {failure}")
 
 
-def _get(model: nn.Module, name: str) -> Any:
-    for part in name.split("."):
-        model = model._modules[part]  # type: ignore[assignment]
-    return model
+def _get(model: nn.Module, name: str) -> nn.Module | None:
+    found: nn.Module | None = model
+    for part in name.split(".") if name else []:
+        found = None if found is None else found._modules.get(part)
+    return found
 
 
 def _set(model: nn.Module, name: str, new: nn.Module) -> None:
-    *path, last = name.split(".")
-    parent = _get(model, ".".join(path)) if path else model
+    path, _, last = name.rpartition(".")
+    parent = _get(model, path)
+    assert parent is not None
     # straight into the registry: keeps the order, works for ModuleList and ModuleDict alike, runs no user code
     parent._modules[last] = new
+
+
+def _kinds(target: Target) -> tuple[Any, ...]:
+    if isinstance(target, UnionType):
+        return get_args(target)
+    if isinstance(target, tuple):
+        return target
+    return (target,) if isinstance(target, type) else ()
 
 
 def _test(target: Target) -> Callable[[str, nn.Module], bool]:
     if isinstance(target, str):
         return lambda name, module: fnmatch.fnmatchcase(name, target)
-    if isinstance(target, type) and issubclass(target, nn.Module):
-        return lambda name, module: isinstance(module, target)
-    if isinstance(target, tuple) and target and all(isinstance(t, type) and issubclass(t, nn.Module) for t in target):
-        return lambda name, module: isinstance(module, target)
+    kinds = _kinds(target)
+    if kinds and all(isinstance(kind, type) and issubclass(kind, nn.Module) for kind in kinds):
+        return lambda name, module: isinstance(module, kinds)
     if callable(target) and not isinstance(target, type):
         return target
     raise TypeError(
-        f"target must be a module type, a tuple of them, a name (with * and ?), or a function of name and module, "
+        f"target must be a module type, several of them, a name (with * and ?), or a function of name and module, "
         f"got {target!r}"
     )
 
 
 def _describe(target: Target) -> str:
-    if isinstance(target, type):
-        return target.__name__
-    if isinstance(target, tuple):
-        return " or ".join(t.__name__ for t in target)
-    return repr(target)
+    return " or ".join(kind.__name__ for kind in _kinds(target)) or repr(target)
 
 
 def find(model: nn.Module, target: Target) -> list[Match]:
@@ -143,7 +160,7 @@ def find(model: nn.Module, target: Target) -> list[Match]:
 
     Args:
         model: any module.
-        target: a type or tuple of types (subclasses count), a dotted name with ``*`` and ``?``, or a function
+        target: a type, a tuple of types or ``A | B`` (subclasses count), a dotted name with ``*`` and ``?``, or a function
             ``(name, module) -> bool``. The model itself is not a candidate.
 
     Raises:
@@ -174,45 +191,112 @@ def find(model: nn.Module, target: Target) -> list[Match]:
     return [Match(tuple(found), modules[key]) for key, found in names.items()]
 
 
-def _ties(model: nn.Module) -> list[set[str]]:
-    groups: dict[int, set[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), set()).add(name)
-    return [names for names in groups.values() if len(names) > 1]
+def _own_tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
-def _fit_in(old: nn.Module, new: nn.Module) -> None:
-    """Give the new module the old one's device, dtype, training flag and hooks."""
-    sample = next((p for p in [*old.parameters(), *old.buffers()] if p.is_floating_point()), None)
-    if sample is not None:
-        inherited = {id(t) for t in [*old.parameters(), *old.buffers()]}
-        mine = [t for t in [*new.parameters(), *new.buffers()] if id(t) not in inherited]
-        if any(t.device != sample.device or (t.is_floating_point() and t.dtype != sample.dtype) for t in mine):
-            if sample.device.type == "meta":
-                new.to_empty(device=sample.device)
-            # casts floating-point tensors alone; whole numbers of quantised layers stay as they are
-            new.to(device=sample.device, dtype=sample.dtype)
+def _home(model: nn.Module, name: str, old: nn.Module) -> tuple[torch.device, torch.dtype] | None:
+    """Where a module lives: device and dtype of most of its floating-point numbers, else of what is around it."""
+    around = [old]
+    while name:
+        name = name.rpartition(".")[0]
+        outer = _get(model, name)
+        assert outer is not None
+        around.append(outer)
+    for module in around:
+        kinds: Counter[tuple[torch.device, torch.dtype]] = Counter()
+        for tensor in _own_tensors(module):
+            if tensor.is_floating_point():
+                kinds[tensor.device, tensor.dtype] += 1 if is_lazy(tensor) else tensor.numel()
+        if kinds:
+            return kinds.most_common(1)[0][0]
+    return None
+
+
+def _move(new: nn.Module, old: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Bring what is the new module's own to a device and dtype; what it took over from the old one stays untouched."""
+    inherited = {id(tensor) for tensor in _own_tensors(old)}
+    kinds = {t.dtype for t in _own_tensors(new) if t.is_floating_point() and id(t) not in inherited}
+    moved: dict[int, Tensor] = {}
+    for module in new.modules():
+        for held in (module._parameters, module._buffers):
+            for key, tensor in held.items():
+                if tensor is None or id(tensor) in inherited:
+                    continue
+                # several dtypes in one new module were chosen by whoever made it
+                to = dtype if tensor.is_floating_point() and len(kinds) == 1 else tensor.dtype
+                if tensor.is_meta and device.type != "meta":
+                    raise ValueError(
+                        f"make returned a {type(new).__name__} on the meta device for a module on {device}"
+                    )
+                if id(tensor) not in moved and (tensor.device, tensor.dtype) != (device, to):
+                    if device.type == "meta":
+                        there = tensor.detach().to(device, to)
+                        moved[id(tensor)] = (
+                            nn.Parameter(there, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else there
+                        )
+                    else:
+                        # in place, so that whoever holds this tensor (a tie, an optimiser) keeps it
+                        tensor.data = tensor.data.to(device, to)
+                held[key] = moved.get(id(tensor), tensor)  # type: ignore[assignment]
+
+
+def _carry_modes(source: nn.Module, target: nn.Module) -> None:
     # each part's own flag, since parts may disagree (frozen batch norm inside a model in training)
-    modes = {name: module.training for name, module in old.named_modules()}
-    shared = {id(module) for module in old.modules()}
-    for name, module in new.named_modules():
+    modes = {name: module.training for name, module in source.named_modules()}
+    shared = {id(module) for module in source.modules()}
+    for name, module in target.named_modules():
         if id(module) not in shared:
-            module.training = modes.get(name, old.training)
-    if new is not old:
-        for kind in _HOOKS:
-            if held := getattr(old, kind, None):
-                getattr(new, kind).update(held)
-        # without this flag torch takes full backward hooks for the old kind and calls none of them
-        if old._is_full_backward_hook is not None:
-            new._is_full_backward_hook = old._is_full_backward_hook
+            module.training = modes.get(name, source.training)
+
+
+def _carry_hooks(old: nn.Module, new: nn.Module) -> None:
+    if any(module is old for module in new.modules()):
+        # inside a wrapper the old module goes on calling them itself
+        return
+    for kind in _HOOKS:
+        held, own = getattr(old, kind, None), getattr(new, kind, None)
+        if held:
+            # the very dictionary where possible, so that a handle of the old module's hook can still remove it
+            new.__dict__[kind] = OrderedDict({**own, **held}) if own else held
+    # without this flag torch takes full backward hooks for the old kind and calls none of them
+    if old._is_full_backward_hook is not None:
+        new._is_full_backward_hook = old._is_full_backward_hook
+
+
+def _ties(model: nn.Module) -> list[tuple[nn.Parameter, set[str]]]:
+    groups: dict[int, tuple[nn.Parameter, set[str]]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), (parameter, set()))[1].add(name)
+    return [group for group in groups.values() if len(group[1]) > 1]
+
+
+def _untied(before: list[tuple[nn.Parameter, set[str]]], entries: tuple[Replaced, ...]) -> list[tuple[str, ...]]:
+    """Groups of names that shared one parameter and do not share one now."""
+    places = {place: entry.new for entry in entries for place in entry.names}
+
+    def holds(name: str, parameter: nn.Parameter) -> int:
+        for place, new in places.items():
+            if name.startswith(f"{place}."):
+                inside = dict(new.named_parameters(remove_duplicate=False))
+                if any(p is parameter for p in inside.values()):
+                    return id(parameter)
+                # a new parameter in the old one's place, or something else altogether
+                return id(inside.get(name.removeprefix(f"{place}."), new))
+        return id(parameter)
+
+    return [tuple(sorted(names)) for parameter, names in before if len({holds(n, parameter) for n in names}) > 1]
 
 
 def replace(model: nn.Module, target: Target, make: Callable[[nn.Module], nn.Module]) -> Report:
     """Replace every match in place and say what changed.
 
     A module that the model holds several times is made once and put everywhere. The new module gets the old one's
-    device, dtype (floating-point tensors alone), training flag, and forward and backward hooks; state-dict hooks are
-    not carried, since they speak of the old one's parameters. A new module may hold the old one inside.
+    training flag, its forward and backward hooks, and its device and dtype (those of what surrounds it where the old
+    one has no numbers). The dtype is that of floating-point tensors alone, and only where the new module is of one
+    dtype: several were chosen by whoever made it. State-dict hooks are not carried, since they speak of the old one's
+    parameters. A new module may hold the old one, or parameters of it, inside: these stay as they are, and the old
+    one's hooks stay with it.
 
     Args:
         model: changed in place; may not match itself.
@@ -224,7 +308,9 @@ def replace(model: nn.Module, target: Target, make: Callable[[nn.Module], nn.Mod
 
     Raises:
         NothingMatchedError: when nothing matched.
-        TypeError: when ``make`` returns no module. Whatever ``make`` raises leaves the model as it was.
+        TypeError: when ``make`` returns no module.
+        ValueError: when it returns one on the meta device for a module that has data. Whatever is raised, the model is
+            as it was.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
@@ -239,7 +325,7 @@ def replace(model: nn.Module, target: Target, make: Callable[[nn.Module], nn.Mod
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     found = find(model, target)
     if not found:
-        if not isinstance(target, str) and _test(target)("", model):
+        if isinstance(model, _kinds(target)):
             raise NothingMatchedError(
                 f"only the model itself ({type(model).__name__}) is {_describe(target)}, and a module cannot be "
                 "replaced inside itself; wrap it, or assign the new module to your variable"
@@ -254,16 +340,14 @@ def replace(model: nn.Module, target: Target, make: Callable[[nn.Module], nn.Mod
             raise TypeError(f"make must return a torch.nn.Module, got {type(new).__name__} for {match.names[0]!r}")
         made.append(new)
     before = _ties(model)
-    for match, new in zip(found, made, strict=True):
-        with torch.no_grad():
-            _fit_in(match.module, new)
-        for name in match.names:
-            _set(model, name, new)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    untied = []
-    for names in before:
-        left = [name for name in sorted(names) if name in parameters]
-        if len({id(parameters[name]) for name in left}) > 1 or len(left) < len(names):
-            untied.append(tuple(sorted(names)))
     entries = tuple(Replaced(match.names, match.module, new) for match, new in zip(found, made, strict=True))
-    return Report(model, entries, tuple(untied))
+    for entry in entries:
+        home = _home(model, entry.names[0], entry.old)
+        if home is not None:
+            _move(entry.new, entry.old, *home)
+    for entry in entries:
+        _carry_modes(entry.old, entry.new)
+        _carry_hooks(entry.old, entry.new)
+        for name in entry.names:
+            _set(model, name, entry.new)
+    return Report(model, entries, tuple(_untied(before, entries)))
