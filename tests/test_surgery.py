@@ -286,9 +286,14 @@ def test_undo_says_so_when_what_held_the_module_is_gone():
 
 def test_an_error_inside_a_context_is_not_hidden_by_a_failing_undo():
     model = nn.Sequential(nn.ReLU())
-    with pytest.raises(KeyError) as caught, replace(model, nn.ReLU, lambda old: nn.GELU()):
-        model[0] = nn.Tanh()
-        raise KeyError("mine")
+
+    def spoil():
+        with replace(model, nn.ReLU, lambda old: nn.GELU()):
+            model[0] = nn.Tanh()
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError) as caught:
+        spoil()
     assert "could not be undone" in caught.value.__notes__[0]
 
 

@@ -160,8 +160,8 @@ def find(model: nn.Module, target: Target) -> list[Match]:
 
     Args:
         model: any module.
-        target: a type, a tuple of types or ``A | B`` (subclasses count), a dotted name with ``*`` and ``?``, or a function
-            ``(name, module) -> bool``. The model itself is not a candidate.
+        target: a type, a tuple of types or ``A | B`` (subclasses count), a dotted name with ``*`` and ``?``, or a
+            function ``(name, module) -> bool``. The model itself is not a candidate.
 
     Raises:
         TypeError: for a target of another kind.
