@@ -52,7 +52,8 @@ def test_run_prints_arms_claims_and_where_the_files_went(toy):
 
 def test_run_as_json_is_the_record(toy):
     record = json.loads(call("run", "toy", "--json", "--set", "name=x", "--seeds", "2").stdout)
-    assert record["config"] == {"seeds": 2, "pause": 0.0, "grid": [0.1, 0.2], "name": "x", "loud": False, "log": ""}
+    kept = {"seeds": 2, "pause": 0.0, "grid": [0.1, 0.2], "name": "x", "loud": False, "log": "", "device": "cpu"}
+    assert record["config"] == kept
     assert "--set seeds=2 --set name=x" in record["command"]
 
 
@@ -86,6 +87,8 @@ def test_report_is_self_contained_and_escaped(toy, tmp_path, monkeypatch):
         (("list", "--tag", "zzz"), "no tag 'zzz'"),
         (("report", "nowhere"), "no finished run"),
         (("bench", "zzz"), "no bench 'zzz'"),
+        (("bench", "rics", "--quick", "--device", "cuda:99"), "device 'cuda:99' is not on this machine"),
+        (("run", "toy", "--device", "cpuu"), "device 'cpuu' is not on this machine"),
         (("search", ""), "query is empty"),
     ],
 )

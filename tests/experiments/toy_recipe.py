@@ -19,6 +19,7 @@ class Config:
     name: str = "toy"
     loud: bool = False
     log: str = ""
+    device: str = "cpu"
 
 
 SCALES = {"smoke": Config(seeds=1), "laptop": Config()}

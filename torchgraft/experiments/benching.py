@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torchgraft.experiments.engine import environment, write_json
+from torchgraft.experiments.engine import check_device, environment, write_json
 from torchgraft.experiments.timing import compare
 
 
@@ -22,6 +22,7 @@ def measure(
         device: where to run.
         say: told about each case before it runs.
     """
+    check_device(device)
     module = importlib.import_module(f"torchgraft.bench.{name}")
     found = []
     cases = module.cases(quick, device)

@@ -175,6 +175,30 @@ def environment(device: str) -> dict[str, Any]:
     return found
 
 
+def check_device(device: str) -> None:
+    """Refuse a device that this machine does not have, before anything is computed.
+
+    Raises:
+        ValueError: naming the device and what there is.
+    """
+    import torch
+
+    have = ["cpu"]
+    if torch.cuda.is_available():
+        have += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        have.append("mps")
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        wanted = None
+    known = wanted is not None and any(
+        wanted.type == there.type and wanted.index in (None, there.index) for there in map(torch.device, have)
+    )
+    if not known:
+        raise ValueError(f"device {device!r} is not on this machine; torch {torch.__version__} finds {', '.join(have)}")
+
+
 @dataclass
 class _Part:
     """What an arm is given to report and to keep things with."""
@@ -225,6 +249,7 @@ class Run:
         A part that is on disk is not measured again, so a run that was killed goes on where it stopped.
         """
         watcher = watcher or Silent()
+        check_device(getattr(self.config, "device", "cpu"))
         arms = self.module.arms(self.config)
         seeds = range(self.config.seeds)
         self.folder.mkdir(parents=True, exist_ok=True)
