@@ -680,6 +680,12 @@ def test_set_ids_name_text_sets_and_padding(tokenizer):
         (lambda: sbp.listing_orders(SetPrompt([Set(list("abcdefgh"))]), "all"), ValueError, "40320"),
         (lambda: sbp.listing_orders(PROMPT, "every"), ValueError, "every"),
         (lambda: sbp.listing_orders(TWO_SETS, [[0, 1]]), ValueError, "one set"),
+        (lambda: sbp.listing_orders(PROMPT, [[0, 0, 1]]), ValueError, "no permutation"),
+        (lambda: sbp.listing_orders(PROMPT, []), ValueError, "a number or permutations"),
+        (lambda: sbp.listing_orders(PROMPT, True), ValueError, "a number or permutations"),
+        (lambda: sbp.multiple_choice_prompt("Hot?", "ice"), TypeError, "single string"),
+        (lambda: sbp.set_positions([1, ()]), ValueError, "needs elements"),
+        (lambda: sbp.set_positions([-1]), ValueError, "not negative"),
     ],
 )
 def test_prompts_that_mean_nothing_are_refused(make, error, words, without_shape_checks):
@@ -696,7 +702,20 @@ def test_prompts_that_mean_nothing_are_refused(make, error, words, without_shape
         (lambda m, t: generate(m, t, [PROMPT], attention_mask=torch.ones(1, 3)), "attention_mask"),
         (lambda m, t: generate(m, t, [PROMPT], prompt_lookup_num_tokens=3), "flat prompt"),
         (lambda m, t: generate(m, t, [PROMPT], no_repeat_ngram_size=2), "no_repeat_ngram_size"),
+        (lambda m, t: generate(m, t, [PROMPT], encoder_no_repeat_ngram_size=2), "encoder_no_repeat_ngram_size"),
+        (
+            lambda m, t: generate(
+                m, t, [PROMPT], generation_config=transformers.GenerationConfig(prompt_lookup_num_tokens=3)
+            ),
+            "flat prompt",
+        ),
         (lambda m, t: generate(m, t, [PROMPT], max_new_tokens=60), "position 72"),
+        (lambda m, t: generate(m, t, [PROMPT], max_length=82), "position 72"),
+        (
+            lambda m, t: generate(m, t, [PROMPT], generation_config=transformers.GenerationConfig(max_length=82)),
+            "position 72",
+        ),
+        (lambda m, t: forward(build("llama", max_position_embeddings=13), encode(t, [PROMPT])), "position 13"),
         (lambda m, t: generate(m, t, [PROMPT], store=ElementStore(build("llama"))), "another model"),
         (lambda m, t: generate(m, t, [PROMPT], store=ElementStore(m), editing=PADDED), "Set-Based Prompting only"),
         (lambda m, t: generate(m, t, [PROMPT], return_tensors="np"), "return_tensors"),
@@ -710,6 +729,10 @@ def test_prompts_that_mean_nothing_are_refused(make, error, words, without_shape
         (lambda m, t: score_options(m, t, [PROMPT], ["a"], "pmi", neutral=""), "BOS"),
         (lambda m, t: ordinary_orders(m, t, [PROMPT, TWO_SETS], ["a"]), "different numbers of orders"),
         (lambda m, t: ordinary_orders(m, t, [PROMPT], ["a"], answers=[1, 2]), "answers"),
+        (lambda m, t: ordinary_orders(m, t, [PROMPT], ["a", "b"], answers=[2]), "options 0..1, got 2"),
+        (lambda m, t: ordinary_orders(m, t, [PROMPT], ["a"], batch_size=0), "batch_size"),
+        (lambda m, t: ordinary_orders(m, t, [], ["a"]), "empty"),
+        (lambda m, t: score_options(m, t, [PROMPT], (o for o in ["a"])), "list of strings"),
         (lambda m, t: encode(t, []), "empty"),
         (lambda m, t: encode(t, [PROMPT], padding_side="middle"), "padding_side"),
         (lambda m, t: encode(t, [PROMPT], return_tensors="tf"), "return_tensors"),
@@ -721,10 +744,36 @@ def test_calls_that_would_go_wrong_are_refused(call, words, model, tokenizer, wi
         call(model, tokenizer)
 
 
-@pytest.mark.parametrize("prompts", [PROMPT, "text", ["text"]], ids=["prompt", "text", "list of text"])
-def test_prompts_must_be_a_list_of_prompts(prompts, tokenizer, without_shape_checks):
+@pytest.mark.parametrize(
+    "prompts", [PROMPT, "text", ["text"], iter([PROMPT])], ids=["prompt", "text", "list of text", "iterator"]
+)
+def test_prompts_must_be_a_list_of_prompts(prompts, model, tokenizer, without_shape_checks):
     with pytest.raises(TypeError, match="list of SetPrompt"):
         encode(tokenizer, prompts)
+    with pytest.raises(TypeError, match="list of SetPrompt"):
+        ordinary_orders(model, tokenizer, prompts, ["a"])
+
+
+def test_a_set_may_come_from_an_iterator(without_shape_checks):
+    assert Set(iter(["a", "b"])) == Set(["a", "b"])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_mask_of_another_dtype_than_the_model_is_taken_over(attention, dtype, tokenizer, without_shape_checks):
+    model = build("gpt2", dtype, attention)
+    with torch.no_grad():
+        found = forward(model, encode(tokenizer, [PROMPT, TWO_SETS])).logits
+        expected = forward(model, encode(tokenizer, [PROMPT, TWO_SETS], dtype=dtype)).logits
+    assert torch.equal(found, expected)
+    with pytest.raises(TypeError, match="return_tensors='pt'"):
+        forward(model, encode(tokenizer, [PROMPT], return_tensors="np"))
+
+
+def test_a_compiled_model_is_not_taken_for_one_without_positions(model):
+    from torchgraft.language.set_based_prompting.encoding import forward_arguments
+
+    assert "position_ids" in forward_arguments(torch.compile(model))
 
 
 def tiny(config, head):
@@ -782,6 +831,21 @@ UNFIT = {
         "position_ids",
     ),
     "sliding window": (lambda: build("mistral", sliding_window=16), "sliding attention window of 16"),
+    "local window of gpt-neo": (
+        lambda: tiny(
+            transformers.GPTNeoConfig(
+                vocab_size=18,
+                hidden_size=16,
+                num_layers=2,
+                num_heads=2,
+                attention_types=[[["global", "local"], 1]],
+                window_size=16,
+                max_position_embeddings=64,
+            ),
+            "GPTNeoForCausalLM",
+        ),
+        "local attention window of 16",
+    ),
     "no head": (lambda: tiny(FAMILIES["llama"](), "LlamaModel"), "cannot generate"),
 }
 

@@ -50,6 +50,16 @@ def test_cross_attention_and_padding_equal_each_sample_alone():
     torch.testing.assert_close(together[:1], layer(x[:1], y[:1]))
 
 
+def test_cross_attention_of_equal_lengths_keeps_its_queries():
+    layer = FlowAttention(8, 2).eval().double()
+    x, y = torch.randn(2, 7, 8).double(), torch.randn(2, 7, 8).double()
+    padding = torch.tensor([[False] * 7, [False] * 4 + [True] * 3])
+    torch.testing.assert_close(layer(x, y, key_padding_mask=padding)[1:], layer(x[1:], y[1:, :4]))
+    # the call of the official code, three times the same tensor, is self-attention
+    own = layer(x, x, x, key_padding_mask=padding)
+    torch.testing.assert_close(own[1:, :4], layer(x[1:, :4]))
+
+
 def test_dropout_falls_on_the_output():
     layer = FlowAttention(8, 2, dropout=0.5)
     x = torch.randn(2, 50, 8)
@@ -63,9 +73,13 @@ def test_dtypes(dtype):
     assert layer(torch.randn(1, 4, 8, dtype=dtype)).dtype == dtype
 
 
-def test_heads_must_divide_the_width():
+def test_settings_are_checked_when_the_layer_is_made(without_shape_checks):
     with pytest.raises(ValueError, match="num_heads must divide"):
         FlowAttention(10, 3)
+    with pytest.raises(ValueError, match="'sigmoid', 'relu' or 'elu'"):
+        FlowAttention(8, 2, feature_map="exp")
+    with pytest.raises(ValueError, match="low < high"):
+        FlowAttention(8, 2, clamp=(1.0, -1.0))
 
 
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
@@ -147,6 +161,53 @@ def test_padding_in_transformers_equals_each_sample_alone(name, side):
     where = torch.cat([positions, torch.arange(7)[None]])
     together = output(model, input_ids=batch, attention_mask=everything, position_ids=where)
     torch.testing.assert_close(together[:1][mask.bool()], output(model, input_ids=short)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_cross_attention_in_transformers_keeps_its_queries():
+    register_flow_attention()
+    ids, memory, mask = torch.arange(6)[None], torch.randn(1, 6, 32), torch.tensor([[1, 1, 1, 1, 0, 0]])
+    decoders = [
+        transformers.BertModel(transformers.BertConfig(**DECODER, is_decoder=True, add_cross_attention=True)),
+        transformers.GPT2Model(
+            transformers.GPT2Config(
+                n_embd=32, n_layer=2, n_head=4, vocab_size=50, add_cross_attention=True, use_cache=False
+            )
+        ),
+    ]
+    for model in decoders:
+        model.eval().set_attn_implementation("flow")
+        padded = output(model, input_ids=ids, encoder_hidden_states=memory, encoder_attention_mask=mask)
+        cut = output(
+            model,
+            input_ids=ids,
+            encoder_hidden_states=memory[:, :4],
+            encoder_attention_mask=torch.ones_like(mask[:, :4]),
+        )
+        torch.testing.assert_close(padded, cut, atol=1e-5, rtol=1e-5)
+    bart = transformers.BartModel(
+        transformers.BartConfig(
+            vocab_size=50, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+            decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, use_cache=False,
+        )
+    ).eval()  # fmt: skip
+    bart.set_attn_implementation("flow")
+    padded = output(bart, input_ids=ids, attention_mask=mask, decoder_input_ids=ids)
+    cut = output(bart, input_ids=ids[:, :4], decoder_input_ids=ids)
+    torch.testing.assert_close(padded, cut, atol=1e-5, rtol=1e-5)
+
+
+def test_packed_sequences_are_refused_rather_than_mixed():
+    model = build("llama-grouped")
+    model.set_attn_implementation("flow")
+    with pytest.raises(ValueError, match="packed into a row"):
+        output(model, input_ids=torch.arange(6)[None], position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]))
+
+
+def test_a_mask_longer_than_the_keys_is_refused():
+    model = build("llama-grouped")
+    model.set_attn_implementation("flow")
+    with pytest.raises(ValueError, match="each of the 5 keys, got 8"):
+        output(model, input_ids=torch.arange(5)[None], attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1]]))
 
 
 def test_training_under_flow_lowers_the_loss():

@@ -97,6 +97,15 @@ def test_generation_with_and_without_cache_agrees(beams):
     assert len(set(cached[0, 4:].tolist())) > 1
 
 
+def test_a_second_turn_goes_on_from_the_cache():
+    model = language_model()
+    first = model.generate(torch.tensor([[3, 7, 11, 2]]), max_new_tokens=5, return_dict_in_generate=True)
+    whole = torch.cat([first.sequences, torch.tensor([[8, 9]])], 1)
+    name = "cache" if "cache" in first else "past_key_values"
+    with_cache = model.generate(whole, max_new_tokens=6, **{name: first[name]})
+    assert torch.equal(with_cache, model.generate(whole, max_new_tokens=6, use_cache=False))
+
+
 def test_left_padded_generation_equals_one_by_one():
     model = language_model()
     long, short = torch.tensor([[3, 7, 11, 2, 9]]), torch.tensor([[5, 6, 8]])
@@ -183,6 +192,9 @@ def test_wrong_inputs_say_what_would_work(without_shape_checks):
         model(torch.zeros(1, 1, dtype=torch.long), past_key_values=transformers.DynamicCache())
     with pytest.raises(ValueError, match="attention_mask must have shape"):
         model(torch.zeros(1, 3, dtype=torch.long), attention_mask=torch.ones(1, 1, 3, 3))
+    for asked in (model, FlowformerForSequenceClassification(config())):
+        with pytest.raises(ValueError, match=r"\(batch, length\) = \(1, 3\), .* got \(1, 5\)"):
+            asked(torch.zeros(1, 3, dtype=torch.long), attention_mask=torch.ones(1, 5))
     with pytest.raises(ValueError, match="labels must have the shape"):
         model(torch.zeros(1, 3, dtype=torch.long), labels=torch.zeros(1, 2, dtype=torch.long))
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
@@ -194,6 +206,8 @@ def test_wrong_inputs_say_what_would_work(without_shape_checks):
     mask = torch.tensor([[1, 1, 1, 0]])
     with pytest.raises(ValueError, match="padding after a cache"):
         model(torch.zeros(1, 1, dtype=torch.long), attention_mask=mask, past_key_values=cache)
+    with pytest.raises(ValueError, match="the shape that state was made for"):
+        model(torch.zeros(2, 1, dtype=torch.long), past_key_values=cache)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         flowformer.nothing  # noqa: B018
 

@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchgraft.ops.flow_attention import FlowState, flow_attention, flow_attention_step, flow_attention_weights
+from torchgraft.ops.flow_attention import (
+    FlowState,
+    flow_attention,
+    flow_attention_state,
+    flow_attention_step,
+    flow_attention_weights,
+)
 
 DOUBLE = torch.float64
 switches = pytest.mark.parametrize(
@@ -237,6 +243,27 @@ def test_half_precision_is_computed_in_float32(dtype, causal):
     torch.testing.assert_close(inside.double(), exact, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_implied_matrix_in_half_precision_is_computed_in_float32(causal):
+    # sums over 9,000 tokens of 64 features exceed the range of float16
+    q, k, _ = (x.half() for x in qkv(16, 16, heads=1, features=64, batch=1, dtype=torch.float32))
+    if not causal:
+        k = k.repeat(1, 1, 600, 1)
+    weights = flow_attention_weights(q, k, is_causal=causal)
+    assert weights.dtype == torch.float16
+    exact = flow_attention_weights(q.double(), k.double(), is_causal=causal)
+    torch.testing.assert_close(weights.double(), exact, atol=1e-6, rtol=2e-3)
+
+
+def test_a_step_under_autocast_is_computed_in_float32():
+    q, k, v = qkv(6, 6, dtype=torch.float32)
+    state = flow_attention_state(q[:, :, :5], k[:, :, :5], v[:, :, :5])
+    last = (q[:, :, 5], k[:, :, 5], v[:, :, 5])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside, _ = flow_attention_step(*last, state)
+    assert torch.equal(inside, flow_attention_step(*last, state)[0])
+
+
 class Largest(TorchDispatchMode):
     def __init__(self):
         super().__init__()
@@ -267,7 +294,9 @@ from torchgraft.ops.flow_attention import flow_attention
 q, k, v = torch.randn(3, 2, 2, 20, 5).unbind()
 compiled = torch.compile(flow_attention, fullgraph=True, backend="aot_eager")
 for causal in (False, True):
-    torch.testing.assert_close(compiled(q, k, v, is_causal=causal), flow_attention(q, k, v, is_causal=causal))
+    for mask in (None, torch.arange(20) >= torch.tensor([[20], [15]])):
+        settings = dict(is_causal=causal, key_padding_mask=mask)
+        torch.testing.assert_close(compiled(q, k, v, **settings), flow_attention(q, k, v, **settings))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -285,10 +314,22 @@ for causal in (False, True):
         (dict(key_padding_mask=torch.zeros(2, 1, 13, 13, dtype=torch.bool)), ValueError, "arbitrary attention mask"),
         (dict(key_padding_mask=torch.zeros(2, 13)), TypeError, "boolean"),
         (dict(key_padding_mask=torch.ones(2, 13, dtype=torch.bool)), ValueError, "without a single source"),
-        (dict(query_padding_mask=torch.zeros(2, 5, dtype=torch.bool)), ValueError, "query_padding_mask"),
+        (
+            dict(query_padding_mask=torch.zeros(2, 5, dtype=torch.bool)),
+            ValueError,
+            "query_padding_mask must have shape",
+        ),
+        (dict(query_padding_mask=torch.zeros(2, 13)), TypeError, "query_padding_mask must be a boolean"),
+        (
+            dict(query_padding_mask=torch.zeros(2, 13, dtype=torch.bool), is_causal=True),
+            ValueError,
+            "causal attention takes key_padding_mask for both",
+        ),
         (dict(feature_map="exp"), ValueError, "'sigmoid', 'relu' or 'elu'"),
         (dict(clamp=(1.0, -1.0)), ValueError, "low < high"),
+        (dict(clamp=1.0), ValueError, "low < high"),
         (dict(eps=-1.0), ValueError, "eps"),
+        (dict(eps=math.nan), ValueError, "eps"),
         (dict(is_causal=True, chunk_size=0), ValueError, "chunk_size"),
     ],
 )
@@ -296,3 +337,20 @@ def test_wrong_inputs(without_shape_checks, change, error, message):
     q, k, v = qkv(dtype=torch.float32)
     with pytest.raises(error, match=message):
         flow_attention(**(dict(q=q, k=k, v=v) | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(q=torch.randn(2, 2, 1, 5)), ValueError, r"q must have shape \(batch, heads, features\)"),
+        (dict(k=torch.ones(2, 2, 5, dtype=torch.int64)), TypeError, "floating-point"),
+        (dict(k=torch.randn(2, 1, 5)), ValueError, r"k must have the shape that state was made for, \(2, 2, 5\)"),
+        (dict(v=torch.randn(2, 2, 6)), ValueError, r"v must have the shape that state was made for, \(2, 2, 7\)"),
+        (dict(state=FlowState.empty(1, 2, 5, 7, torch.zeros(1))), ValueError, r"\(1, 2, 5\), got \(2, 2, 5\)"),
+        (dict(clamp=(1.0, -1.0)), ValueError, "low < high"),
+    ],
+)
+def test_a_step_refuses_what_would_broadcast_in_silence(without_shape_checks, change, error, message):
+    q, k, v = (x[:, :, 0] for x in qkv(dtype=torch.float32))
+    with pytest.raises(error, match=message):
+        flow_attention_step(**(dict(q=q, k=k, v=v, state=FlowState.empty(2, 2, 5, 7, q)) | change))

@@ -32,12 +32,27 @@ def mapped_features(x: Tensor, name: FeatureMap) -> Tensor:
     raise ValueError(f"feature_map must be 'sigmoid', 'relu' or 'elu', got {name!r}")
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, clamp: Clamp, eps: float) -> None:
+def check_settings(feature_map: FeatureMap, clamp: Clamp, eps: float = 1e-6) -> None:
+    """Raise ``ValueError`` for settings that ``flow_attention`` cannot take."""
+    if feature_map not in ("sigmoid", "relu", "elu"):
+        raise ValueError(f"feature_map must be 'sigmoid', 'relu' or 'elu', got {feature_map!r}")
+    if clamp is not None and not (isinstance(clamp, tuple | list) and len(clamp) == 2 and clamp[0] < clamp[1]):
+        raise ValueError(f"clamp must be (low, high) with low < high, or None, got {clamp!r}")
+    # written so that NaN is refused too
+    if not eps >= 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, shape: str) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            raise ValueError(f"{name} must have shape (batch, heads, length, features), got {tuple(x.shape)}")
+        if x.ndim != shape.count(",") + 1:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
         if not x.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> None:
+    _check_tensors(q, k, v, "(batch, heads, length, features)")
     if q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3]:
         raise ValueError(
             f"q, k and v must agree in batch and heads, k and v in length, got q {tuple(q.shape)}, "
@@ -60,12 +75,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, c
             )
         if mask.dtype != torch.bool:
             raise TypeError(f"key_padding_mask must be a boolean tensor, True where padded, got {mask.dtype}")
-        if bool(mask.all(-1).any()):
+        # values are not known while torch.compile traces; a sample without a source is NaN there
+        if not torch.compiler.is_compiling() and bool(mask.all(-1).any()):
             raise ValueError("key_padding_mask leaves a sample without a single source; drop that sample")
-    if clamp is not None and not (len(clamp) == 2 and clamp[0] < clamp[1]):
-        raise ValueError(f"clamp must be (low, high) with low < high, or None, got {clamp!r}")
-    if eps < 0:
-        raise ValueError(f"eps must not be negative, got {eps}")
 
 
 def flow_attention(
@@ -92,13 +104,15 @@ def flow_attention(
     Queries are not scaled by 1/sqrt(D). Half precision is computed in float32 inside, where sums over more than
     65,504 would overflow, and returned in the dtype of ``v``.
 
-    ``clamp`` bounds the conserved outgoing flow before the softmax, as the official core, image and GPT code do and
-    its long-range-arena code does not. That flow has mean 1 in self-attention, so the upper bound 1 is active for about
-    half of the sources and levels the competition between them; ``clamp=None`` lets them compete.
+    ``clamp`` bounds the conserved outgoing flow before the softmax, as the official core, image and GPT code do; the
+    official WikiText-103 code takes (-5, 5), its decision code (-10, 10), its long-range-arena code none. That flow
+    has mean 1 in self-attention, so the upper bound 1 is active for about half of the sources and levels the
+    competition between them; ``clamp=None`` lets them compete.
 
     Padding is an extension that the official code lacks: padded sources leave every sum over sources, padded sinks
-    every sum over sinks, and the lengths in the formulas become the true ones of each sample. In self-attention,
-    ``query_padding_mask`` is taken to be ``key_padding_mask``. Outputs at padded positions are 0.
+    every sum over sinks, and the lengths in the formulas become the true ones of each sample. Outputs at padded
+    positions are 0. Where ``query_padding_mask`` is not given and L = S, this is taken for self-attention, in which
+    padded sources are padded sinks: cross-attention between sequences of one length needs both masks.
 
     Args:
         q: queries.
@@ -106,7 +120,8 @@ def flow_attention(
         v: values.
         is_causal: sinks see no later source, nothing depends on the future; needs L = S.
         key_padding_mask: True at padded sources.
-        query_padding_mask: True at padded sinks; for cross-attention.
+        query_padding_mask: True at padded sinks; for cross-attention. Causal attention takes ``key_padding_mask``
+            for both.
         feature_map: ``"sigmoid"`` (the paper), ``"relu"`` or ``"elu"``.
         clamp: bounds of the conserved outgoing flow, or ``None``.
         eps: added to both factors of every flow, against division by zero.
@@ -118,7 +133,8 @@ def flow_attention(
         Outputs, in the dtype of ``v``.
 
     Raises:
-        ValueError: for shapes that do not fit, causal with L != S, a mask that is no padding mask.
+        ValueError: for shapes that do not fit, causal with L != S, a mask that is no padding mask, a sample without a
+            source (under ``torch.compile`` its outputs are NaN instead), settings out of range.
         TypeError: for tensors of the wrong dtype.
 
     Example:
@@ -127,14 +143,24 @@ def flow_attention(
         >>> flow_attention(q, k, v, is_causal=True).shape
         torch.Size([2, 4, 100, 16])
     """
-    _check(q, k, v, is_causal, key_padding_mask, clamp, eps)
+    _check(q, k, v, is_causal, key_padding_mask)
+    check_settings(feature_map, clamp, eps)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    if query_padding_mask is not None and query_padding_mask.shape != (q.shape[0], q.shape[2]):
-        raise ValueError(
-            f"query_padding_mask must have shape (batch, query length) = {(q.shape[0], q.shape[2])}, "
-            f"got {tuple(query_padding_mask.shape)}"
-        )
+    if query_padding_mask is not None:
+        if query_padding_mask.shape != (q.shape[0], q.shape[2]):
+            raise ValueError(
+                f"query_padding_mask must have shape (batch, query length) = {(q.shape[0], q.shape[2])}, "
+                f"got {tuple(query_padding_mask.shape)}"
+            )
+        if query_padding_mask.dtype != torch.bool:
+            raise TypeError(
+                f"query_padding_mask must be a boolean tensor, True where padded, got {query_padding_mask.dtype}"
+            )
+        if is_causal and query_padding_mask is not key_padding_mask:
+            raise ValueError(
+                "query_padding_mask is for cross-attention; causal attention takes key_padding_mask for both"
+            )
     if query_padding_mask is None and q.shape[2] == k.shape[2]:
         query_padding_mask = key_padding_mask
 
@@ -278,7 +304,8 @@ def flow_attention_weights(
 ) -> Float[Tensor, "B H L S"]:
     """The matrix that ``flow_attention`` implies, written out as in the paper: quadratic, for looking at and tests.
 
-    Its rows need not sum to 1. Takes what ``flow_attention`` takes, without padding.
+    Its rows need not sum to 1. Takes what ``flow_attention`` takes, without padding, half precision as there, and
+    returns the dtype of ``q``.
 
     Example:
         >>> import torch
@@ -286,9 +313,18 @@ def flow_attention_weights(
         >>> torch.allclose(flow_attention_weights(q, k) @ v, flow_attention(q, k, v), atol=1e-5)
         True
     """
-    _check(q, k, k, is_causal, None, clamp, eps)
+    _check(q, k, k, is_causal, None)
+    check_settings(feature_map, clamp, eps)
+    kind = q.dtype
+    wide = torch.promote_types(torch.promote_types(q.dtype, k.dtype), torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        rule = _Rule(clamp, eps, competition, allocation)
+        return _written_out(q.to(wide), k.to(wide), is_causal, feature_map, rule).to(kind)
+
+
+def _written_out(q: Tensor, k: Tensor, is_causal: bool, feature_map: FeatureMap, rule: _Rule) -> Tensor:
+    eps = rule.eps
     source, sink = _mapped(k, feature_map, None), _mapped(q, feature_map, None)
-    rule = _Rule(clamp, eps, competition, allocation)
     n_sinks, n_sources = q.shape[2], k.shape[2]
     sees = torch.ones(n_sinks, n_sources, dtype=q.dtype, device=q.device)
     if is_causal:
@@ -299,7 +335,7 @@ def flow_attention_weights(
     incoming = ((sink + eps) * (before @ source + eps)).sum(-1)
     outgoing = ((source + eps) * (behind @ sink + eps)).sum(-1)
     weights = (sink / incoming[..., None]) @ source.transpose(-1, -2) * sees
-    if competition:
+    if rule.competition:
         scale = number / incoming if is_causal else 1 / incoming
         conserved = ((source + eps) * (behind @ (sink * scale[..., None]) + eps)).sum(-1)
         if is_causal:
@@ -307,7 +343,7 @@ def flow_attention_weights(
             weights = weights * (number * e / e.cumsum(-1))[..., None, :]
         else:
             weights = weights * (n_sources * rule.bounded(conserved).softmax(-1))[..., None, :]
-    if allocation:
+    if rule.allocation:
         scale = number / outgoing if is_causal else 1 / outgoing
         conserved = ((sink + eps) * (before @ (source * scale[..., None]) + eps)).sum(-1)
         conserved = conserved / number if is_causal else conserved * (n_sinks / n_sources)
@@ -373,7 +409,8 @@ def flow_attention_state(
         >>> torch.allclose(last, flow_attention(x, x, x, is_causal=True)[:, :, 5], atol=1e-5)
         True
     """
-    _check(q, k, v, True, key_padding_mask, clamp, eps)
+    _check(q, k, v, True, key_padding_mask)
+    check_settings(feature_map, clamp, eps)
     rule = _Rule(clamp, eps, competition, True)
     wide = torch.promote_types(torch.promote_types(q.dtype, v.dtype), torch.float32)
     with torch.autocast(q.device.type, enabled=False):
@@ -419,6 +456,10 @@ def flow_attention_step(
 ) -> tuple[Float[Tensor, "B H E"], FlowState]:
     """One token of causal ``flow_attention``: its output and the state after it; O(D E) time, no growth.
 
+    Raises:
+        ValueError: for shapes that do not fit each other or the state, settings out of range.
+        TypeError: for tensors of the wrong dtype.
+
     Example:
         >>> import torch
         >>> x = torch.randn(1, 2, 5, 4)
@@ -429,6 +470,15 @@ def flow_attention_step(
         >>> torch.allclose(torch.stack(steps, 2), flow_attention(x, x, x, is_causal=True), atol=1e-5)
         True
     """
+    _check_tensors(q, k, v, "(batch, heads, features)")
+    check_settings(feature_map, clamp, eps)
+    for x, found, needed in (
+        ("q", q.shape, state.queries.shape),
+        ("k", k.shape, state.keys.shape),
+        ("v", v.shape, state.memory.shape[:2] + state.memory.shape[3:]),
+    ):
+        if found != needed:
+            raise ValueError(f"{x} must have the shape that state was made for, {tuple(needed)}, got {tuple(found)}")
     kind, wide = v.dtype, state.memory.dtype
     rule = _Rule(clamp, eps, competition, allocation)
     sink, source = _mapped(q.to(wide), feature_map, None), _mapped(k.to(wide), feature_map, None)
@@ -444,7 +494,9 @@ def flow_attention_step(
         total = torch.logaddexp(total, conserved)
         value = value * (position * (conserved - total).exp())[..., None]
     memory = state.memory + source[..., :, None] * value[..., None, :]
-    y = torch.einsum("bhd,bhde->bhe", sink / incoming[..., None], memory)
+    # an autocast region would take the product to half precision
+    with torch.autocast(q.device.type, enabled=False):
+        y = torch.einsum("bhd,bhde->bhe", sink / incoming[..., None], memory)
     if allocation:
         y = y * (((sink + eps) * (keys_scaled + eps)).sum(-1) / position).sigmoid()[..., None]
     return y.to(kind), FlowState(keys, queries, keys_scaled, queries_scaled, total, memory, position)

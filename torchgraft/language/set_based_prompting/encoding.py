@@ -67,6 +67,9 @@ def set_positions(layout: Layout) -> Int[Tensor, " s"]:
     """Position of every token (paper section 3.1): all elements of a set start together, what follows starts after
     the longest.
 
+    Raises:
+        ValueError: a set without elements, or a negative length.
+
     Example:
         >>> set_positions([2, (2, 1), 1]).tolist()
         [0, 1, 2, 3, 2, 4]
@@ -75,6 +78,8 @@ def set_positions(layout: Layout) -> Int[Tensor, " s"]:
     start = 0
     for part in layout:
         lengths = [part] if isinstance(part, int) else list(part)
+        if not lengths or min(lengths) < 0:
+            raise ValueError(f"layout: a set needs elements and lengths are not negative, got {part!r}")
         for length in lengths:
             positions += range(start, start + length)
         start += max(lengths)
@@ -138,7 +143,8 @@ def set_block_mask(set_ids: Int[Tensor, "B s"], element_ids: Int[Tensor, "B s"],
     """The same mask as a FlexAttention `BlockMask`, whose empty blocks are skipped.
 
     For ``n`` elements of length ``L`` the attention inside the set falls from ``(n L)^2 / 2`` to ``n L^2 / 2``.
-    Models with ``attn_implementation="flex_attention"`` get it automatically.
+    Models with ``attn_implementation="flex_attention"`` get it automatically. Meant for GPUs: on a CPU the compiler of
+    torch 2.13 fails, with an error, on some sequences of prompt lengths; use ``"sdpa"`` there.
     """
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -198,8 +204,7 @@ def tokenize(tokenizer: Any, prompts: Sequence[SetPrompt], editing: Editing = SE
     Every part is tokenised on its own, so that no token spans a boundary. The special tokens that the tokenizer puts
     at the front (BOS) stand once, at the start of the prompt.
     """
-    if isinstance(prompts, SetPrompt | str) or not all(isinstance(prompt, SetPrompt) for prompt in prompts):
-        raise TypeError("prompts must be a list of SetPrompt; wrap a single one in a list")
+    check_list(prompts)
     if not prompts:
         raise ValueError("prompts is empty")
     texts = {
@@ -221,6 +226,12 @@ def tokenize(tokenizer: Any, prompts: Sequence[SetPrompt], editing: Editing = SE
                 parts.append(sorted(elements) if editing.canonical else elements)
         found.append(parts)
     return found
+
+
+def check_list(prompts: Sequence[SetPrompt]) -> None:
+    """Raise ``TypeError`` for anything but a sequence of `SetPrompt`."""
+    if not isinstance(prompts, Sequence) or not all(isinstance(prompt, SetPrompt) for prompt in prompts):
+        raise TypeError("prompts must be a list of SetPrompt; wrap a single one in a list")
 
 
 def tokenize_texts(tokenizer: Any, texts: Sequence[str]) -> dict[str, list[int]]:
@@ -366,18 +377,33 @@ def forward(model: Any, batch: Mapping[str, Tensor], **kwargs: Any) -> Any:
 
     Args:
         model: checked as in `check_model`.
-        batch: of `encode` (moved to the model's device here).
+        batch: of `encode`, with torch tensors (moved to the model's device here, and the mask to its dtype).
         **kwargs: handed to the model, such as ``past_key_values`` or ``logits_to_keep``.
+
+    Raises:
+        TypeError: ``batch`` holds numpy arrays.
+        ValueError: a model that cannot do this, or prompts longer than it takes; see `check_model`.
     """
     from torchgraft.language.set_based_prompting.support import check_model
 
-    check_model(model, length=batch["input_ids"].shape[1])
-    return run(model, batch, **kwargs)
+    if not all(torch.is_tensor(batch[name]) for name in ("input_ids", "position_ids", "attention_mask")):
+        raise TypeError("batch must hold torch tensors; encode with return_tensors='pt'")
+    check_model(model, length=batch["input_ids"].shape[1], last_position=int(batch["position_ids"].max()))
+    mask = batch["attention_mask"]
+    if mask.dtype != model.dtype:
+        # SDPA reads a mask of another width as garbage, and the least float32 is no number in bfloat16
+        mask = additive_mask((mask == 0)[:, 0], model.dtype)
+    return run(model, {**batch, "attention_mask": mask}, **kwargs)
 
 
 def cache_name(model: Any) -> str:
     """What this model calls its cache: ``cache`` since transformers 5.24, ``past_key_values`` before."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return "cache" if "cache" in forward_arguments(model) else "past_key_values"
+
+
+def forward_arguments(model: Any) -> Mapping[str, inspect.Parameter]:
+    """What the model's forward takes; a model wrapped by ``torch.compile`` hides it."""
+    return inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
 
 
 def run(model: Any, batch: Mapping[str, Tensor], **kwargs: Any) -> Any:

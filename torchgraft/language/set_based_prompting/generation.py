@@ -137,11 +137,16 @@ def generate(
     setting = _settings(model, generation_kwargs)
     if setting("use_cache") is False:
         raise ValueError("use_cache=False would drop the edited prompt pass after the first token; leave it out")
-    if (setting("no_repeat_ngram_size") or 0) > 1:
-        raise ValueError(
-            "no_repeat_ngram_size bans n-grams found in the flat prompt, across elements too, so that the result would "
-            "depend on the order; repetition_penalty does not"
-        )
+    for name in ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"):
+        if (setting(name) or 0) > 1:
+            raise ValueError(
+                f"{name} bans n-grams found in the flat prompt, across elements too, so that the result would depend "
+                "on the order; repetition_penalty does not"
+            )
+    given = generation_kwargs.get("generation_config")
+    for name in ("prompt_lookup_num_tokens", "cache_implementation"):
+        if getattr(given, name, None) is not None:
+            raise ValueError(f"{name} of generation_config cannot be given: {_RESERVED[name]}")
     if store is not None and not store.belongs_to(model):
         raise ValueError("store was made for another model; make one with ElementStore(model)")
     if store is not None and (not (editing.mask and editing.positions) or editing.pad_elements):
@@ -150,7 +155,7 @@ def generate(
     check_suffix(prompts)
     filler = padding_token(tokenizer)
     batch = collate([lay_out(parts, editing, filler) for parts in tokens], filler)
-    new = setting("max_new_tokens") or 20
+    new = _new_tokens(setting, batch["input_ids"].shape[1])
     check_model(
         model,
         length=batch["input_ids"].shape[1] + new,
@@ -221,6 +226,13 @@ def _settings(model: Any, kwargs: dict[str, Any]) -> Any:
         return next((v for s in sources if s is not None and (v := getattr(s, name, None)) is not None), None)
 
     return setting
+
+
+def _new_tokens(setting: Any, prompt_length: int) -> int:
+    """How many tokens may come, by the rule of transformers: ``max_new_tokens`` first, then ``max_length``, then 20."""
+    if setting("max_new_tokens") is not None:
+        return setting("max_new_tokens")
+    return 20 if setting("max_length") is None else max(1, setting("max_length") - prompt_length)
 
 
 def _by_element(model: Any, parts: Sequence[Part], store: ElementStore) -> KeysValues:

@@ -37,6 +37,7 @@ class Set:
     def __init__(self, elements: Sequence[str]) -> None:
         if isinstance(elements, str):
             raise TypeError(f"elements must be a list of strings, got the single string {elements!r}")
+        elements = tuple(elements)
         for element in elements:
             if not isinstance(element, str):
                 raise TypeError(
@@ -47,7 +48,7 @@ class Set:
                 raise ValueError("elements must not be empty: an empty text has no tokens; leave it out")
         if not elements:
             raise ValueError("a set needs at least one element, got none")
-        object.__setattr__(self, "elements", tuple(elements))
+        object.__setattr__(self, "elements", elements)
 
 
 @dataclass(frozen=True)
@@ -156,12 +157,14 @@ class SetPrompt:
                 parts.append(part)
                 continue
             order = list(next(waiting))
-            if sorted(order) != list(range(len(part.elements))):
-                raise ValueError(
-                    f"orders: {order} is no permutation of 0..{len(part.elements) - 1} (a set of {len(part.elements)})"
-                )
+            _check_order(order, len(part.elements))
             parts.append(Set([part.elements[i] for i in order]))
         return SetPrompt(parts)
+
+
+def _check_order(order: Sequence[int], size: int) -> None:
+    if sorted(order) != list(range(size)):
+        raise ValueError(f"orders: {list(order)} is no permutation of 0..{size - 1} (a set of {size})")
 
 
 Order = tuple[tuple[int, ...], ...]
@@ -178,7 +181,8 @@ def listing_orders(prompt: SetPrompt, orders: str | int | Sequence[Sequence[int]
         seed: of the random ones.
 
     Raises:
-        ValueError: more random orders than there are, ``"all"`` of more than 5040, or lists for several sets.
+        ValueError: more random orders than there are, ``"all"`` of more than 5040, lists for several sets, an empty
+            list, or one with something that is no permutation.
 
     Example:
         >>> listing_orders(SetPrompt([Set(["a", "b"]), "?"]), "all")
@@ -195,12 +199,16 @@ def listing_orders(prompt: SetPrompt, orders: str | int | Sequence[Sequence[int]
         return [identity, tuple(order[::-1] for order in identity)]
     if isinstance(orders, str):
         raise ValueError(f"orders must be 'all', 'original and reversed', a number or permutations, got {orders!r}")
-    if isinstance(orders, int):
+    if isinstance(orders, int) and not isinstance(orders, bool):
         if not 1 <= orders <= total:
             raise ValueError(f"orders: this prompt has {total} different orders, asked for {orders} random ones")
         return list(itertools.islice(_random_orders(sizes, seed), orders))
+    if isinstance(orders, bool) or len(orders) == 0:
+        raise ValueError(f"orders must be 'all', 'original and reversed', a number or permutations, got {orders!r}")
     if len(sizes) != 1:
         raise ValueError(f"orders: lists of permutations need a prompt with one set, this one has {len(sizes)}")
+    for order in orders:
+        _check_order(order, sizes[0])
     return [(tuple(order),) for order in orders]
 
 
@@ -221,8 +229,13 @@ def multiple_choice_prompt(question: str, options: Sequence[str], suffix: str = 
     Each option stands in the official "quoted" form, ``"\\n- option" ``: the opening quote, a new line, a dash, the
     option, the closing quote and a space. No letters A, B, C: a label inside an element would carry the order.
 
+    Raises:
+        TypeError: ``options`` is a single string.
+
     Example:
         >>> multiple_choice_prompt("Hot?", ["ice", "fire"]).sets[0].elements
         ('"\\n- ice" ', '"\\n- fire" ')
     """
+    if isinstance(options, str):
+        raise TypeError(f"options must be a list of strings, got the single string {options!r}")
     return SetPrompt([question + "\n", Set([f'"\n- {option}" ' for option in options]), suffix])

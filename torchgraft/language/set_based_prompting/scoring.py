@@ -19,6 +19,7 @@ from torchgraft.language.set_based_prompting.encoding import (
     SET_BASED,
     Editing,
     Part,
+    check_list,
     collate,
     elements_of,
     front_tokens,
@@ -155,7 +156,7 @@ def _prepared(
 
 def _per_prompt(prompts: Sequence[SetPrompt], options: Options) -> list[list[str]]:
     """One list of candidates per prompt."""
-    if isinstance(options, str) or not options:
+    if isinstance(options, str) or not isinstance(options, Sequence) or not options:
         raise ValueError(f"options must be a list of strings or one such list per prompt, got {options!r}")
     shared = isinstance(options[0], str)
     rows: list[list[Any]] = [list(options)] * len(prompts) if shared else [list(row) for row in options]
@@ -428,10 +429,15 @@ def ordinary_orders(
         progress: told (rows done, rows in all).
 
     Raises:
-        ValueError: as for `score_options` and `listing_orders`, or prompts with different numbers of orders.
+        TypeError: ``prompts`` is no list of `SetPrompt`.
+        ValueError: as for `score_options` and `listing_orders`, prompts with different numbers of orders, or an answer
+            that is none of the options.
     """
-    if not prompts or not all(isinstance(prompt, SetPrompt) for prompt in prompts):
-        raise TypeError("prompts must be a non-empty list of SetPrompt")
+    check_list(prompts)
+    if not prompts:
+        raise ValueError("prompts is empty")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     listed = [listing_orders(prompt, orders, seed + i) for i, prompt in enumerate(prompts)]
     counts = {len(each) for each in listed}
     if len(counts) > 1:
@@ -441,6 +447,9 @@ def ordinary_orders(
     if answers is not None and len(answers) != len(prompts):
         raise ValueError(f"answers: {len(answers)} for {len(prompts)} prompts")
     candidates = _per_prompt(prompts, options)
+    for i, answer in enumerate(() if answers is None else answers):
+        if not 0 <= answer < len(candidates[i]):
+            raise ValueError(f"answers: prompt {i} has options 0..{len(candidates[i]) - 1}, got {answer}")
     rows = [(i, order) for i, each in enumerate(listed) for order in each]
     sizes = [sum(len(e) for s in prompt.sets for e in s.elements) + len(prompt.text) for prompt in prompts]
     queue = sorted(range(len(rows)), key=lambda r: sizes[rows[r][0]])

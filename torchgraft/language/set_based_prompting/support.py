@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from typing import Any
 
@@ -15,6 +14,7 @@ from torchgraft.language.set_based_prompting.encoding import (
     SET_BASED,
     Editing,
     collate,
+    forward_arguments,
     lay_out,
     run,
     with_mask,
@@ -58,7 +58,7 @@ def check_model(model: Any, *, length: int | None = None, last_position: int | N
         )
     if not model.can_generate():
         raise ValueError(f"model: {name} cannot generate (encoder-only, or without a head); {decoders}")
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if "position_ids" not in forward_arguments(model):
         raise ValueError(f"model: {name}.forward takes no position_ids; {decoders}")
     backend = str(getattr(config, "_attn_implementation", "eager"))
     if any(word in backend for word in ("flash", "paged")):
@@ -82,8 +82,14 @@ def check_model(model: Any, *, length: int | None = None, last_position: int | N
 
 def _check_layers(config: Any, name: str, length: int | None) -> None:
     """Refuse layers that do not attend by mask, and windows that would hide a part of the prompt."""
-    windows = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+    windows = {
+        "sliding_attention": "sliding_window",
+        "chunked_attention": "attention_chunk_size",
+        "local_attention": "window_size",
+    }
     kinds = set(getattr(config, "layer_types", None) or ())
+    if "local" in (getattr(config, "attention_layers", None) or ()):  # how GPT-Neo says it
+        kinds = {"local_attention"}
     if not kinds:
         active = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
         kinds = {"sliding_attention"} if active else {"full_attention"}
@@ -122,7 +128,7 @@ def _probe(model: Any, name: str) -> None:
             ]
             rows = [lay_out([[a], [[b, c], [d, e]], [f]], SET_BASED, 0)]
             out = run(model, with_mask(collate(rows, 0), SET_BASED, model), use_cache=True)
-            seen = out.get("cache", out.get("past_key_values")).get_seq_length()
+            seen = (out.get("cache") if "cache" in out else out.get("past_key_values")).get_seq_length()
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, NotImplementedError) as error:
         raise ValueError(f"model: {name} does not run with a 4-d mask, position ids and a cache: {error}") from error
     if deaf:

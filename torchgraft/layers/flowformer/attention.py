@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Bool, Float
@@ -12,6 +13,7 @@ from torchgraft.ops.flow_attention import (
     Clamp,
     FeatureMap,
     FlowState,
+    check_settings,
     flow_attention,
     flow_attention_state,
     flow_attention_step,
@@ -37,7 +39,7 @@ class FlowAttention(nn.Module):
         clamp: as in ``flow_attention``; the default is the official core's, ``None`` lets all sources compete.
 
     Raises:
-        ValueError: when ``num_heads`` does not divide ``embed_dim``.
+        ValueError: when ``num_heads`` does not divide ``embed_dim``, or for settings that ``flow_attention`` refuses.
 
     Example:
         >>> import torch
@@ -61,6 +63,7 @@ class FlowAttention(nn.Module):
         super().__init__()
         if num_heads < 1 or embed_dim % num_heads:
             raise ValueError(f"num_heads must divide embed_dim, got num_heads={num_heads}, embed_dim={embed_dim}")
+        check_settings(feature_map, clamp)
         d_input = embed_dim if d_input is None else d_input
         d_output = embed_dim if d_output is None else d_output
         self.num_heads, self.causal, self.feature_map, self.clamp = num_heads, causal, feature_map, clamp
@@ -80,8 +83,12 @@ class FlowAttention(nn.Module):
     ) -> Float[Tensor, "B L O"]:
         """Attend from ``query`` to ``key`` and ``value``; self-attention when only ``query`` is given.
 
-        Masks are True where padded; outputs at padded positions are those of a zero attention output.
+        Masks are True where padded; outputs at padded positions are those of a zero attention output. In
+        self-attention ``key_padding_mask`` is the mask of the queries too; another ``key`` leaves them unpadded.
         """
+        if query_padding_mask is None and key_padding_mask is not None and key is not None and key is not query:
+            # the operation goes by the lengths, which may be equal by chance
+            query_padding_mask = key_padding_mask.new_zeros(query.shape[:2])
         key = query if key is None else key
         value = key if value is None else value
         y = flow_attention(
@@ -136,7 +143,10 @@ def register_flow_attention(name: str = "flow") -> None:
     and do not carry over without training; a model from a checkpoint warns once when it is used in eval mode.
 
     Refused with a ``ValueError`` at the first forward pass: masks that are not padding (with or without causality),
-    sliding windows, decoding with a key-value cache (pass ``use_cache=False``), attention sinks and logit soft caps.
+    packed sequences, sliding windows, position biases (T5), decoding with a key-value cache (pass
+    ``use_cache=False``), attention sinks and logit soft caps. Models that do not go through the attention interface
+    (BLOOM, MPT and Falcon with their ALiBi, DeBERTa) keep their own attention, and transformers logs so. Dropout
+    inside the attention (``attention_dropout`` and the like) has no effect, as in the official code.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -153,17 +163,38 @@ def register_flow_attention(name: str = "flow") -> None:
 
 
 def _transformers_mask(
-    *args: Any, attention_mask: Tensor | None = None, local_size: int | None = None, **kwargs: Any
+    *args: Any,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    mask_function: Callable[..., Any] | None = None,
+    **kwargs: Any,
 ) -> Tensor | None:
     """Hand the two-dimensional padding mask through; transformers would otherwise write out an L x L one."""
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
     if local_size is not None:
         raise ValueError(
             f"flow attention cannot take a sliding window (this model has one of {local_size}); set "
             "sliding_window=None in its config or use attn_implementation='sdpa'"
         )
+    if mask_function not in (None, causal_mask_function, bidirectional_mask_function):
+        raise ValueError(
+            "flow attention cannot take masks other than causal and padding, such as several sequences packed into a "
+            "row (position_ids that start again) or a prefix that sees all of itself; pad instead, with an "
+            "attention_mask, or use attn_implementation='sdpa'"
+        )
     if attention_mask is None or bool(attention_mask.all()):
         return None
     return attention_mask.bool()
+
+
+def _attends_across(module: nn.Module) -> bool:
+    """Whether a module that is not causal is cross-attention, whose padding is that of the sources alone.
+
+    Transformers does not tell. Its classes have a flag, or the word in their name, or serve decoders alone otherwise.
+    """
+    flags = (getattr(module, name, False) for name in ("is_cross_attention", "is_decoder"))
+    return any(flags) or "Cross" in type(module).__name__
 
 
 _REFUSED = ("sliding_window", "s_aux", "softcap", "alibi", "position_bias")
@@ -206,9 +237,16 @@ def _transformers_attention(
             f"flow attention got {query.shape[2]} queries and {key.shape[2]} cached keys; a key-value cache does "
             "not hold what it needs, so pass use_cache=False"
         )
+    if attention_mask is not None and attention_mask.shape[1] != key.shape[2]:
+        raise ValueError(
+            f"attention_mask must have one entry for each of the {key.shape[2]} keys, got {attention_mask.shape[1]}"
+        )
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    padding = None if attention_mask is None else ~attention_mask[:, -key.shape[2] :]
-    y = flow_attention(query, key, value, is_causal=causal, key_padding_mask=padding)
+    padding = None if attention_mask is None else ~attention_mask
+    sinks = None
+    if padding is not None and not causal and _attends_across(module):
+        sinks = padding.new_zeros(query.shape[0], query.shape[2])
+    y = flow_attention(query, key, value, is_causal=causal, key_padding_mask=padding, query_padding_mask=sinks)
     return y.transpose(1, 2).contiguous(), None

@@ -122,6 +122,11 @@ class FlowCache:
         return self.length
 
     @property
+    def is_linear(self) -> list[bool]:
+        """No layer, in the sense of transformers: all of them know how many tokens they have seen."""
+        return [False] * len(self.states)
+
+    @property
     def positions(self) -> Tensor:
         """Next position of each row, padding not counted, (B, 1)."""
         return self.states[0].position.long()
@@ -313,9 +318,10 @@ class FlowformerModel(FlowformerPreTrainedModel):
             raise ValueError("a bidirectional Flowformer has no cache; pass use_cache=False")
         padding = None
         if attention_mask is not None:
-            if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
+            whole = length if past_key_values is None else length + past_key_values.length
+            if attention_mask.shape not in ((batch, length), (batch, whole)):
                 raise ValueError(
-                    f"attention_mask must have shape (batch, length) = {(batch, length)}, 1 where there is a token, "
+                    f"attention_mask must have shape (batch, length) = {(batch, whole)}, 1 where there is a token, "
                     f"got {tuple(attention_mask.shape)}; flow attention cannot take an arbitrary mask"
                 )
             padding = attention_mask[:, -length:] == 0
@@ -460,7 +466,7 @@ class FlowformerForSequenceClassification(FlowformerPreTrainedModel):
             output_attentions=output_attentions, output_hidden_states=output_hidden_states,
         )  # fmt: skip
         hidden = found.last_hidden_state
-        mask = hidden.new_ones(hidden.shape[:2]) if attention_mask is None else attention_mask.to(hidden.dtype)
+        mask = hidden.new_ones(hidden.shape[:2]) if attention_mask is None else (attention_mask != 0).to(hidden.dtype)
         logits = self.score((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
         loss = None
         if labels is not None:
