@@ -262,6 +262,91 @@ def test_wrong_tables_are_named(change, message):
         made.documents(tables(**change), who)
 
 
+@pytest.mark.parametrize(
+    ("codes", "kind", "message"),
+    [
+        ([1, "1", "E11"], TypeError, "'code' mixes numbers and text"),
+        ([True, 1, 0], TypeError, "'code' mixes numbers and truth values"),
+        ([["E11"], ["E12"], ["E13"]], TypeError, "'code' holds a list in each row"),
+        (["E11", " ", ""], ValueError, "'code' has blank text in 2 rows"),
+        ([None, None, None], ValueError, "'code' of table 'visits' has no value in any training person"),
+    ],
+)
+def test_mixed_blank_and_empty_columns_are_named(codes, kind, message):
+    with pytest.raises(kind, match=message):
+        EventTokenizer(schema()).fit(tables(visits=visits().assign(code=pd.Series(codes, dtype=object))), people())
+
+
+def test_tables_that_are_no_tables_or_have_a_column_twice_are_named(without_shape_checks):
+    made = EventTokenizer(schema())
+    with pytest.raises(TypeError, match="people's table must be a pandas DataFrame, got list"):
+        made.fit(tables(), [1, 2])
+    with pytest.raises(ValueError, match="table 'visits' has the column 'code' more than once"):
+        made.fit(tables(visits=pd.concat([visits(), visits()[["code"]]], axis=1)), people())
+    with pytest.raises(ValueError, match="none of the 8 events belongs to anybody"):
+        made.fit(tables(), people(person_id=["1", "2", "3"]))
+
+
+def test_one_token_never_stands_for_two_fields():
+    both = EventSource(("code", "code_x"))
+    table = visits([(1, "2010-01-01", "X_1"), (2, "2010-01-01", "b")]).assign(code_x=["1", "2"])
+    made = EventTokenizer(EventSchema({"visits": both}, "2008-01-01"))
+    with pytest.raises(ValueError, match="'CODE_X_1' would stand for values of code and of code_x"):
+        made.fit(table, people())
+
+
+def test_dates_far_away_do_not_wrap_round_and_time_zones_are_refused():
+    made = fitted()
+    far = made.documents(tables(visits=visits([(1, "2400-01-01", "E11")])), people())
+    assert far[0].positions[-1] == (pd.Timestamp("2400-01-01") - pd.Timestamp("2008-01-01")).days + 1
+    assert far[0].ages[-1] == pytest.approx(429.67, abs=0.01)
+    zoned = visits().assign(date=visits()["date"].dt.tz_localize("Europe/Copenhagen"))
+    with pytest.raises(TypeError, match="date of table 'visits' has the time zone Europe/Copenhagen"):
+        made.documents(tables(visits=zoned), people())
+    with pytest.raises(ValueError, match="cutoff must have no time zone"):
+        made.documents(tables(), people(), cutoff=pd.Timestamp("2012-01-01", tz="UTC"))
+
+
+rows = st.lists(
+    st.tuples(
+        st.sampled_from([1, 2, 3, 99]),
+        st.integers(0, 40),
+        st.one_of(st.none(), st.text(min_size=1, max_size=4).filter(str.strip)),
+        st.one_of(st.none(), st.integers(-9, 9)),
+    ),
+    min_size=1,
+    max_size=25,
+)
+
+
+@given(rows, st.sampled_from(["keep", "drop"]), st.integers(0, 41))
+@settings(max_examples=25, deadline=None)
+def test_every_row_is_in_a_document_or_in_the_report(given_rows, duplicates, cutoff):
+    table = pd.DataFrame(given_rows, columns=["person_id", "date", "word", "number"])
+    # somebody who has everything, so that a vocabulary can be learnt
+    table.loc[len(table)] = [1, 0, "a", 5]
+    table = table.astype({"date": float, "word": object, "number": float})
+    who = pd.DataFrame({"person_id": [3, 1, 2], "born": [-9.0, -5.0, 0.0]})
+    fields = EventSource(("word", "number"), binned={"number": 3})
+    plain = EventSchema({"t": fields}, -3.0, birth="born", birth_tokens=False)
+    made = EventTokenizer(plain).fit(table, who)
+    documents = made.documents(table, who, cutoff=float(cutoff), duplicates=duplicates)
+    report = documents.report
+    left_out = report.at_or_after_cutoff + report.other_people + report.empty
+    again = table[table["person_id"].isin([1, 2, 3]) & (table["date"] < cutoff)].duplicated()
+    assert report.duplicates == again.sum()
+    # a duplicate of an empty row is counted as a duplicate where duplicates go
+    gone = report.duplicates if duplicates == "drop" else 0
+    assert report.events == sum(len(d.events) for d in documents) == len(table) - left_out - gone
+    assert report.unknown_tokens == report.outside_bins == 0
+    for d in documents:
+        mine = table[(table["person_id"] == d.person) & (table["date"] < cutoff)].drop_duplicates()
+        words = {f"WORD_{w}" for w in mine["word"].dropna()}
+        decoded = {t for s in made.decode(made.encode(d)["input_ids"]) for t in s}
+        assert {t for t in decoded if t.startswith("WORD")} == words
+        assert list(d.positions) == sorted(d.positions)
+
+
 def test_wrong_types_are_named():
     made = fitted()
     with pytest.raises(TypeError, match="date of table 'visits' must be dates"):
@@ -290,6 +375,9 @@ def test_wrong_types_are_named():
         (lambda: EventSource(("a",), binned={"a": 1}), "at least 2 bins"),
         (lambda: schema(sources={}), "sources is empty"),
         (lambda: schema(background=("code",)), "'code' occurs twice"),
+        (lambda: schema(background=("Code",)), "'Code' occurs twice"),
+        (lambda: schema(background=("month",)), "'month' occurs twice"),
+        (lambda: schema(reference_date=pd.Timestamp("2008-01-01", tz="UTC")), "reference_date must have no time zone"),
         (lambda: schema(background_binned={"age": 3}), "background_binned names 'age'"),
         (lambda: schema(min_count=0), "min_count must be at least 1"),
         (lambda: schema(reference_date="yesterday-ish"), "reference_date must be a date or a number"),
@@ -300,6 +388,13 @@ def test_wrong_types_are_named():
 def test_wrong_schemas_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_text_does_not_pass_for_names(without_shape_checks):
+    with pytest.raises(TypeError, match=r"fields must be a sequence of names, got the text 'code'"):
+        EventSource("code")
+    with pytest.raises(TypeError, match="background must be a sequence of names"):
+        schema(background="sex")
 
 
 def test_files_bring_back_the_same_tokenizer(tmp_path):
@@ -314,6 +409,12 @@ def test_files_bring_back_the_same_tokenizer(tmp_path):
     text = (tmp_path / "event_tokenizer.json").read_text()
     (tmp_path / "event_tokenizer.json").write_text(text.replace("[PAD]", "[pad]"))
     with pytest.raises(ValueError, match="does not begin with the general tokens"):
+        EventTokenizer.from_pretrained(tmp_path)
+    (tmp_path / "event_tokenizer.json").write_text(text.replace('"bins"', '"bin"'))
+    with pytest.raises(ValueError, match=r"lacks \['bins'\]"):
+        EventTokenizer.from_pretrained(tmp_path)
+    (tmp_path / "event_tokenizer.json").write_text(text[:50])
+    with pytest.raises(ValueError):  # noqa: PT011, from json
         EventTokenizer.from_pretrained(tmp_path)
 
 
@@ -351,6 +452,11 @@ def test_people_are_chosen_and_labelled_by_id():
         documents.select([1, 9])
     with pytest.raises(ValueError, match="2 people have no label, the first is 2"):
         documents.with_labels({1: 0})
+
+
+def test_splits_take_a_column_of_a_table():
+    parts = l2v.split_people(people()["person_id"], (0.5, 0.5))
+    assert sorted(person for part in parts for person in part) == [1, 2, 3]
 
 
 def test_splits_are_of_people():

@@ -291,7 +291,7 @@ def test_integrated_gradients_add_up_to_the_difference():
     # one token alone: moving it and moving all tokens is the same
     b = {"input_ids": b["input_ids"][..., :1], "padding_mask": b["padding_mask"][:, :1]}
     x = model.transformer.embed(b["input_ids"])
-    whole = tcav.gradients([b], steps=400) @ x[0, 0].detach().numpy()
+    whole = tcav.gradients([b], steps=80) @ x[0, 0].detach().numpy()
     zero = model(inputs_embeds=torch.zeros_like(x), padding_mask=b["padding_mask"]).logits[0, 1]
     assert whole[0] == pytest.approx((model(**b).logits[0, 1] - zero).item(), rel=1e-3)
 

@@ -1,5 +1,7 @@
 import copy
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -271,7 +273,7 @@ def test_random_features_approach_softmax_like_one_over_the_root():
     valid = torch.ones(2, 12, dtype=torch.bool)
     valid[0, 9:] = False
     exact = F.scaled_dot_product_attention(q, k, v, valid[:, None, None, :])
-    sizes, errors = (64, 1024, 16384), []
+    sizes, errors = (64, 512, 4096), []
     for m in sizes:
         found = []
         for seed in range(6):
@@ -280,7 +282,7 @@ def test_random_features_approach_softmax_like_one_over_the_root():
         errors.append(torch.stack(found).mean().sqrt().item())
     slope = math.log(errors[-1] / errors[0]) / math.log(sizes[-1] / sizes[0])
     assert -0.65 < slope < -0.35
-    assert errors[-1] < 0.01 * exact.std()
+    assert errors[-1] < 0.02 * exact.std()
 
 
 def test_directions_are_uniform():
@@ -455,6 +457,36 @@ def test_everything_gets_a_gradient(kind):
     for name, p in model.named_parameters():
         assert p.grad is not None, name
         assert p.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "performer"])
+def test_gradients_are_those_of_finite_differences(attention):
+    torch.manual_seed(0)
+    model = Life2VecForSequenceClassification(
+        Life2VecConfig(20, 8, 6, 1, 2, 1, local_window=2, num_features=5, attention=attention, background_length=1)
+    )
+    model = fill(model).double()
+    valid = torch.tensor([[True] * 5 + [False]])
+    x = torch.randn(1, 6, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda e: model(inputs_embeds=e, padding_mask=valid).logits, x, atol=1e-5)
+
+
+def test_attention_and_losses_compile_without_breaks():
+    # in a process of its own: the run-time shape checks of this suite cannot be traced, and users do not have them
+    code = """
+import torch
+from torchgraft.tabular.life2vec import Life2VecAttention, asymmetric_pu_loss, cdw_cross_entropy
+x, valid = torch.randn(2, 24, 8), torch.arange(24)[None] < torch.tensor([[24], [17]])
+def loss(layer, x):
+    y = layer(x, valid)[0][:, 0]
+    target = torch.tensor([1, 0])
+    return asymmetric_pu_loss(y[:, :2], target) + cdw_cross_entropy(y.softmax(1), target)
+for kind in ("sdpa", "performer"):
+    layer = Life2VecAttention(8, 4, 2, 3, num_features=6, kind=kind)
+    torch.testing.assert_close(torch.compile(loss, fullgraph=True, backend="eager")(layer, x), loss(layer, x))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_losses_of_pretraining_are_the_papers():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
@@ -31,6 +31,13 @@ PAD, CLS, SEP, MASK, UNK = 0, 1, 2, 3, 9
 SEGMENTS = (2, 3, 1)
 
 
+def _names(given: Sequence[str], what: str) -> tuple[str, ...]:
+    # the letters of a text would pass for names
+    if isinstance(given, str):
+        raise TypeError(f"{what} must be a sequence of names, got the text {given!r}; write ({given!r},)")
+    return tuple(given)
+
+
 @dataclass(frozen=True)
 class EventSource:
     """One kind of event, one table.
@@ -50,7 +57,7 @@ class EventSource:
     first_characters: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "fields", tuple(self.fields))
+        object.__setattr__(self, "fields", _names(self.fields, "fields"))
         if not self.fields:
             raise ValueError("fields is empty; an event needs at least one column that becomes a token")
         for name, given in (("binned", self.binned), ("first_characters", self.first_characters)):
@@ -80,7 +87,9 @@ class EventSchema:
         units_per_year: of dates that are numbers.
 
     Raises:
-        ValueError: for fields without a table, the same name for two fields, or a reference date that is no date.
+        ValueError: for fields without a table, the same name for two fields, or a reference date that is no date or has
+            a time zone.
+        TypeError: for a text where a sequence of names belongs.
 
     Example:
         >>> schema = EventSchema({"health": EventSource(("diagnosis",))}, "2008-01-01", background=("sex",))
@@ -101,17 +110,22 @@ class EventSchema:
 
     def __post_init__(self) -> None:
         sources = {
-            name: given if isinstance(given, EventSource) else EventSource(tuple(given))
+            name: given if isinstance(given, EventSource) else EventSource(given)
             for name, given in self.sources.items()
         }
         object.__setattr__(self, "sources", sources)
-        object.__setattr__(self, "background", tuple(self.background))
+        object.__setattr__(self, "background", _names(self.background, "background"))
         if not sources:
             raise ValueError("sources is empty; name at least one event table and its fields")
         names = [name for source in sources.values() for name in source.fields] + list(self.background)
-        twice = sorted({name for name in names if names.count(name) > 1})
+        # tokens carry the name in capitals
+        capitals = [name.upper() for name in names] + (["MONTH", "YEAR"] if self.birth_tokens else [])
+        twice = sorted({name for name in names if capitals.count(name.upper()) > 1})
         if twice:
-            raise ValueError(f"field {twice[0]!r} occurs twice; its tokens could not be told apart, rename one column")
+            raise ValueError(
+                f"field {twice[0]!r} occurs twice, in capitals or as the birth's; its tokens could not be told apart, "
+                "rename one column"
+            )
         unknown = sorted(set(self.background_binned) - set(self.background))
         if unknown:
             raise ValueError(f"background_binned names {unknown[0]!r}; background is {list(self.background)}")
@@ -165,6 +179,8 @@ def moment(value: Any, name: str) -> Any:
         found = pandas.NaT
     if found is pandas.NaT:
         raise ValueError(f"{name} must be a date or a number, got {value!r}")
+    if found.tz is not None:
+        raise ValueError(f"{name} must have no time zone, got {value!r}; dates of tables have none either")
     return found
 
 
@@ -343,7 +359,7 @@ def check_disjoint(**parts: Any) -> None:
                 )
 
 
-def split_people(people: Sequence[Any] | np.ndarray, shares: Sequence[float], seed: int = 0) -> list[list[Any]]:
+def split_people(people: Iterable[Any], shares: Sequence[float], seed: int = 0) -> list[list[Any]]:
     """Shuffle ids and cut them into parts of these shares.
 
     Args:

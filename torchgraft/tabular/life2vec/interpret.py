@@ -413,7 +413,7 @@ class TCAV:
     def random_scores(
         self,
         gradients: Float[np.ndarray, "N E"],
-        pool: Float[np.ndarray, "N E"],
+        pool: Float[np.ndarray, "M E"],
         size: int,
         concepts: int = 20,
     ) -> Float[np.ndarray, " K"]:

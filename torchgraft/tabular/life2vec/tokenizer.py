@@ -33,30 +33,41 @@ if TYPE_CHECKING:
 __all__ = ["EventTokenizer"]
 
 FILE = "event_tokenizer.json"
+_NOBODY = "none of the {} events belongs to anybody in the people's table; compare the ids and their types"
 
 
 def _columns(frame: DataFrame, wanted: Sequence[str], what: str) -> None:
+    import pandas
+
+    if not isinstance(frame, pandas.DataFrame):
+        raise TypeError(f"{what} must be a pandas DataFrame, got {type(frame).__name__}")
+    twice = [name for name in wanted if (frame.columns == name).sum() > 1]
+    if twice:
+        raise ValueError(f"{what} has the column {twice[0]!r} more than once; rename or drop one")
     absent = [name for name in wanted if name not in frame.columns]
     if absent:
         raise ValueError(f"unknown field {absent[0]!r}: {what} has the columns {[str(c) for c in frame.columns]}")
 
 
 def _dates(values: Series, numeric: bool, what: str) -> np.ndarray:
-    """Float units, or datetime64[ns]."""
+    """Float units, or datetime64[us]; nanoseconds would wrap round in the year 2262."""
     import pandas
 
     if numeric:
         if not pandas.api.types.is_numeric_dtype(values):
             raise TypeError(f"{what} must be numbers, since reference_date is one; got dtype {values.dtype}")
-        found = values.to_numpy(dtype=float)
+        found = values.to_numpy(dtype=float, na_value=np.nan)
         bad = ~np.isfinite(found)
     else:
         if pandas.api.types.is_numeric_dtype(values):
             raise TypeError(f"{what} must be dates, since reference_date is one; got dtype {values.dtype}")
         try:
-            found = pandas.to_datetime(values).to_numpy(dtype="datetime64[ns]")
+            read = pandas.to_datetime(values)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{what} cannot be read as dates: {error}") from None
+        if getattr(read.dt, "tz", None) is not None:
+            raise TypeError(f"{what} has the time zone {read.dt.tz}; take it off with .dt.tz_localize(None)")
+        found = read.to_numpy(dtype="datetime64[us]")
         bad = np.isnat(found)
     if bad.any():
         raise ValueError(f"{what} is missing in {int(bad.sum())} rows, the first at row {int(bad.argmax())}")
@@ -74,11 +85,32 @@ def _numbers(values: Series, name: str) -> np.ndarray:
     return found
 
 
+def _kind(value: Any) -> str:
+    if isinstance(value, (bool, np.bool_)):
+        return "truth values"
+    if isinstance(value, (int, float, np.integer, np.floating)):
+        return "numbers"
+    return "text" if isinstance(value, str) else type(value).__name__
+
+
 def _words(values: Series, name: str, first: int | None) -> np.ndarray:
     """Tokens as objects, None where there is no value; whole numbers lose the '.0' that missing values give them."""
     import pandas
 
+    # before factorize, which takes True and 1 for the same and refuses lists without naming them
+    kinds = sorted({_kind(value) for value in values.dropna()} if values.dtype == object else set())
+    if len(kinds) > 1:
+        raise TypeError(
+            f"field {name!r} mixes {' and '.join(kinds)}, so that 1 and '1' could not be told apart; make it one type, "
+            "for instance with .astype('string')"
+        )
+    if any(kind in ("list", "dict", "set", "ndarray") for kind in kinds):
+        raise TypeError(f"field {name!r} holds a {kinds[0]} in each row; give every value a row of its own")
     codes, found = pandas.factorize(values, use_na_sentinel=True)
+    blank = [value for value in found if isinstance(value, str) and not value.strip()]
+    if blank:
+        count = int(np.isin(codes, [i for i, value in enumerate(found) if value in blank]).sum())
+        raise ValueError(f"field {name!r} has blank text in {count} rows; write missing values as None or NaN")
 
     def word(value: Any) -> str:
         whole = isinstance(value, (float, np.floating)) and float(value).is_integer()
@@ -106,7 +138,8 @@ def _quantiles(values: np.ndarray, bins: int, name: str) -> list[float]:
 
 def _natural(token: str) -> tuple[tuple[bool, int, str], ...]:
     """Sorts 2 before 10."""
-    return tuple((not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in token.split("_"))
+    parts = ((p, p.isascii() and p.isdigit() and len(p) < 19) for p in token.split("_"))
+    return tuple((not number, int(p) if number else 0, p) for p, number in parts)
 
 
 class EventTokenizer:
@@ -154,7 +187,9 @@ class EventTokenizer:
             Itself.
 
         Raises:
-            ValueError: for columns that are not there, missing or repeated people, and missing dates.
+            ValueError: for columns that are not there, are there twice, hold blank text, or no value at all; for
+                missing or repeated people, and for two values that would have the same token.
+            TypeError: for columns that mix text and numbers, and for binned ones that are not numbers.
         """
         schema = self.schema
         tables, ids, births = self._tables(events, people)
@@ -174,20 +209,31 @@ class EventTokenizer:
             add([f"MONTH_{i}" for i in range(1, 13)], "MONTH")
             years = births.astype("datetime64[Y]").astype(int) + 1970
             add([f"YEAR_{i}" for i in range(years.min(), years.max() + 1)], "YEAR")
+        rows = sum(len(table) for table in tables.values())
+        tables = {name: table[table[schema.person].isin(known)] for name, table in tables.items()}
+        if rows and not any(map(len, tables.values())):
+            raise ValueError(_NOBODY.format(rows))
         for name, source in schema.sources.items():
             table = tables[name]
-            table = table[table[schema.person].isin(known)]
             for label in source.fields:
                 if label in source.binned:
                     self.bins[label] = _quantiles(_numbers(table[label], label), source.binned[label], label)
                 words = self._field(table, label, source)
                 there = np.array([w is not None for w in words], dtype=bool)
+                if not there.any():
+                    raise ValueError(
+                        f"field {label!r} of table {name!r} has no value in any training person; leave it out"
+                    )
                 pairs = set(zip(table[schema.person].to_numpy()[there].tolist(), words[there].tolist(), strict=True))
                 counts: dict[str, int] = {}
                 for _, word in pairs:
                     counts[word] = counts.get(word, 0) + 1
                 kept = [word for word, count in counts.items() if count >= schema.min_count]
                 add(sorted(kept, key=_natural), label)
+        if len(set(tokens)) < len(tokens):
+            twice = next(token for i, token in enumerate(tokens) if token in tokens[:i])
+            owners = [category for token, category in zip(tokens, categories, strict=True) if token == twice]
+            raise ValueError(f"token {twice!r} would stand for values of {' and of '.join(owners)}; rename one field")
         self._set(tokens, categories)
         return self
 
@@ -292,7 +338,7 @@ class EventTokenizer:
                     f"{ids[at[soon.argmax()]]!r} at {dates[soon.argmax()]}; correct or remove them"
                 )
             if limit is not None:
-                late = dates >= (limit if numeric else np.datetime64(limit))
+                late = dates >= (limit if numeric else limit.to_datetime64())
                 counts["late"] += int(late.sum())
                 table, at, dates = table[~late], at[~late], dates[~late]
             again = table.duplicated([schema.person, schema.date, *source.fields]).to_numpy()
@@ -313,7 +359,7 @@ class EventTokenizer:
             when.append(dates[~empty])
             what.append(coded[~empty])
         if rows and counts["others"] == rows:
-            raise ValueError(f"none of the {rows} events belongs to anybody in the people's table; compare the ids")
+            raise ValueError(_NOBODY.format(rows))
         person, date, coded = np.concatenate(who), np.concatenate(when), np.concatenate(what)
         order = np.lexsort((date, person))  # stable: ties keep the order of tables and rows
         person, date, coded = person[order], date[order], coded[order]
@@ -322,7 +368,7 @@ class EventTokenizer:
             ages = (date - births[person]) / schema.units_per_year
         else:
             day = np.timedelta64(1, "D")
-            since = np.floor((date - np.datetime64(schema.reference_date)) / day).astype(int) + 1
+            since = np.floor((date - schema.reference_date.to_datetime64()) / day).astype(int) + 1
             ages = (date - births[person]) / day / 365.25
         if (since < 1).any():
             first = int((since < 1).argmax())
@@ -451,6 +497,9 @@ class EventTokenizer:
         if not path.exists():
             raise ValueError(f"{folder} has no {FILE}; save_pretrained writes it")
         plain = json.loads(path.read_text(encoding="utf-8"))
+        absent = {"schema", "tokens", "categories", "bins"} - set(plain)
+        if absent:
+            raise ValueError(f"{path} lacks {sorted(absent)}; it was not written by save_pretrained")
         if tuple(plain["tokens"][: len(GENERAL_TOKENS)]) != GENERAL_TOKENS:
             raise ValueError(f"{path} does not begin with the general tokens; it was not written by save_pretrained")
         made = cls(EventSchema.from_dict(plain["schema"]))
