@@ -29,7 +29,8 @@ class Claim:
         metric: name of the metric, present in the measurements of both arms.
         arm: the arm the claim is about.
         against: the arm it is compared with, or a number when the claim is about a fixed value.
-        smallest_effect: the smallest effect that would matter to a user, in ``unit``; not negative.
+        smallest_effect: the smallest effect that would matter to a user, in ``unit`` (so after ``factor``: 5 for five
+            points of a rate); not negative.
         direction: what the claim says of the effect.
         unit: unit of the metric, such as ``"points"``.
         paper: the paper's own number, quoted for the reader.

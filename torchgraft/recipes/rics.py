@@ -26,7 +26,7 @@ CYCLIC, CENTRE_CYCLIC = "cyclic shifts: RICS", "cyclic shifts: whole image"
 
 
 def _less_fooled(text: str, arm: str, against: str, paper: str, effect: float = 5) -> Claim:
-    return Claim(text, FOOLED, arm, against, effect / 100, direction="lower", unit="points", factor=100, paper=paper)
+    return Claim(text, FOOLED, arm, against, effect, direction="lower", unit="points", factor=100, paper=paper)
 
 
 CLAIMS = (
@@ -44,13 +44,13 @@ CLAIMS = (
         direction="lower", unit="points", factor=100, paper="less than 5 %",
     ),
     Claim(
-        "RICS (crop of 3/4) costs hardly any accuracy", RIGHT, "RICS 3/4", CENTRE, 0.03, direction="equal",
+        "RICS (crop of 3/4) costs hardly any accuracy", RIGHT, "RICS 3/4", CENTRE, 3, direction="equal",
         unit="points", factor=100, paper="about 1 point",
     ),
     _less_fooled("A crop at a random place does not help as RICS does", "RICS 7/8", RANDOM, "not compared"),
     _less_fooled("No cyclic shift fools cyclic RICS", CYCLIC, CENTRE_CYCLIC, "100 % robust to cyclic shifts"),
     Claim(
-        "Cyclic RICS costs hardly any accuracy", RIGHT, CYCLIC, CENTRE_CYCLIC, 0.03, direction="equal",
+        "Cyclic RICS costs hardly any accuracy", RIGHT, CYCLIC, CENTRE_CYCLIC, 3, direction="equal",
         unit="points", factor=100, paper="state-of-the-art accuracy, no training",
     ),
 )  # fmt: skip

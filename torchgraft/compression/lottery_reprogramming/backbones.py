@@ -5,9 +5,10 @@ Dimensions: B images, d features, S source classes.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,16 +25,32 @@ def is_transformers(module: nn.Module) -> bool:
 
 def freeze(backbone: nn.Module) -> None:
     """Turn gradients off and eval mode on, in place; a backbone in train mode is warned about."""
-    if not isinstance(backbone, nn.Module):
-        raise TypeError(f"backbone must be a torch.nn.Module, got {type(backbone).__name__}")
     if any(module.training for module in backbone.modules()):
         warnings.warn(
             "the backbone was in train mode, where batch norm and dropout make its answers depend on the batch; "
             "it is in eval mode now",
-            stacklevel=3,
+            stacklevel=2,
         )
         backbone.eval()
     backbone.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def freezing(backbone: nn.Module) -> Iterator[None]:
+    """``freeze`` for what follows and after it, undone when that raises."""
+    if not isinstance(backbone, nn.Module):
+        raise TypeError(f"backbone must be a torch.nn.Module, got {type(backbone).__name__}")
+    modes = [(module, module.training) for module in backbone.modules()]
+    learns = [(parameter, parameter.requires_grad) for parameter in backbone.parameters()]
+    freeze(backbone)
+    try:
+        yield
+    except BaseException:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, learned in learns:
+            parameter.requires_grad_(learned)
+        raise
 
 
 def logits_of(output: Any) -> Tensor:
@@ -60,7 +77,6 @@ def find_head(backbone: nn.Module, name: str | None = None) -> tuple[str, nn.Lin
             )
         return name, found
     layers = [(n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Linear)]
-    # a lone linear layer has no features before it, but the images are what goes into it: that is fine too
     if not layers:
         raise ValueError(f"{type(backbone).__name__} has no linear layer to read features before; name it, head='…'")
     return layers[-1]
@@ -88,19 +104,31 @@ def features_of(backbone: nn.Module, head: nn.Linear, x: Tensor) -> Tensor:
 def batches_of(
     data: Batches, batch_size: int, generator: torch.Generator | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs (images, labels) from a loader, or from two tensors: shuffled when there is a generator."""
+    """Pairs (images, labels) from a loader, or from two tensors: shuffled when there is a generator.
+
+    Raises:
+        ValueError: for batches that are no such pairs, and a loader without any.
+    """
     if isinstance(data, tuple):
         x, y = data
         order = torch.arange(len(x)) if generator is None else torch.randperm(len(x), generator=generator)
         for index in order.split(batch_size):
             yield x[index], y[index]
         return
+    batch = None
     for batch in data:
-        if isinstance(batch, dict):
+        if isinstance(batch, Mapping) and {"pixel_values", "labels"} <= batch.keys():
             yield batch["pixel_values"], batch["labels"]
+        elif isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(v, Tensor) for v in batch):
+            yield batch[0], batch[1]
         else:
-            x, y = batch
-            yield x, y
+            keys = f" with keys {sorted(batch)}" if isinstance(batch, Mapping) else ""
+            raise ValueError(
+                "a loader must give (images, labels), two tensors, or a mapping with 'pixel_values' and 'labels', "
+                f"got {type(batch).__name__}{keys}"
+            )
+    if batch is None:
+        raise ValueError("the loader gave no batch; training needs at least one example")
 
 
 def check_data(data: Batches) -> None:
@@ -110,5 +138,7 @@ def check_data(data: Batches) -> None:
             raise ValueError("data must be (images, labels), two tensors of equal length, or a loader of such pairs")
         if not len(data[0]):
             raise ValueError("data is empty; training needs at least one example")
+    elif not isinstance(data, Iterable):
+        raise TypeError(f"data must be (images, labels) or a loader of such pairs, got {type(data).__name__}")
     elif iter(data) is data:
         raise TypeError("data must be a loader that can be gone through once per epoch, got an iterator")

@@ -140,6 +140,8 @@ def fit_temperature(logits: Float[Tensor, "N K"], y: Int[Tensor, " N"]) -> float
         >>> round(fit_temperature(logits, torch.tensor([0, 0, 0, 1])), 3)  # three of four are right: 4 / T = log 3
         3.641
     """
+    if logits.ndim != 2:
+        raise ValueError(f"logits must have shape (N, K), got {tuple(logits.shape)}")
     check_labels(y, len(logits), logits.shape[1])
     if not len(logits) or not bool(logits.isfinite().all()):
         raise ValueError("logits must be finite and at least one row")

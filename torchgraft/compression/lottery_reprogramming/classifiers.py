@@ -6,6 +6,9 @@ Dimensions: B images, C channels, S source classes, K target classes, d features
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -30,6 +33,8 @@ from torchgraft.compression.lottery_reprogramming.prompting import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     VisualPrompt,
+    check_normalisation,
+    normalize,
     prepare_images,
 )
 
@@ -65,7 +70,6 @@ class _Frozen(nn.Module):
 
     def __init__(self, backbone: nn.Module, num_classes: int) -> None:
         super().__init__()
-        backbones.freeze(backbone)
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         self.backbone, self.num_classes = backbone, num_classes
@@ -82,7 +86,8 @@ class _Frozen(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the backbone is."""
-        return next((t.device for t in [*self.backbone.parameters(), *self.backbone.buffers()]), torch.device("cpu"))
+        tensors = itertools.chain(self.backbone.parameters(), self.backbone.buffers())
+        return next((t.device for t in tensors), torch.device("cpu"))
 
     @property
     def config(self) -> Any:
@@ -123,12 +128,8 @@ class _Frozen(nn.Module):
 
     @torch.no_grad()
     def predict_logits(self, x: Shaped[Tensor, "N C H W"], batch_size: int = 256) -> Float[Tensor, "N K"]:
-        """Logits in eval mode and in batches, on the CPU."""
-        was = self.training
-        self.eval()
-        found = torch.cat([self.logits(part.to(self.device)).float().cpu() for part in x.split(batch_size)])
-        self.train(was)
-        return found
+        """Logits in batches, on the CPU."""
+        return torch.cat([self.logits(part.to(self.device)).float().cpu() for part in x.split(batch_size)])
 
     def predict_proba(self, x: Shaped[Tensor, "N C H W"], batch_size: int = 256) -> Float[Tensor, "N K"]:
         """Probabilities of the target classes: softmax of the K logits over the temperature (1 unless calibrated)."""
@@ -161,7 +162,8 @@ class _Frozen(nn.Module):
         """Read what ``save_adapter`` wrote.
 
         Raises:
-            ValueError: when it is of another kind or other shapes.
+            ValueError: when it is of another kind or other shapes, holds numbers that are not finite, or maps to
+                source classes that this network does not have. Nothing is changed then.
         """
         from safetensors.torch import load_file
 
@@ -169,8 +171,15 @@ class _Frozen(nn.Module):
         shapes = {name: tuple(value.shape) for name, value in mine.items()}
         if {name: tuple(value.shape) for name, value in state.items()} != shapes:
             raise ValueError(f"{path} does not hold an adapter of these shapes: {shapes}")
+        for name, value in state.items():
+            if not bool(value.isfinite().all()):
+                raise ValueError(f"{path} has numbers in {name!r} that are not finite")
+        self._check_adapter(state)
         self.load_state_dict({**self.state_dict(), **state})
         return self
+
+    def _check_adapter(self, state: dict[str, Tensor]) -> None:
+        """Refuse an adapter of the right shapes that this network cannot use."""
 
     def _optimise(
         self,
@@ -186,47 +195,53 @@ class _Frozen(nn.Module):
         before_epoch: Callable[[int], None] = lambda epoch: None,
         progress: Watch | None = None,
     ) -> None:
-        """Adam, a tenth of the rate from 50 % and again from 72 % of the epochs; the best epoch on validation stays."""
+        """Adam, a tenth of the rate from 50 % and again from 72 % of the epochs; the best epoch on validation stays.
+
+        What is trained is as it was when training fails.
+        """
         optimizer = torch.optim.Adam(parameters, lr=lr)
-        milestones = [int(0.5 * epochs), int(0.72 * epochs)]
+        # a milestone at 0 would divide the rate of a single epoch before its first step
+        milestones = [m for m in (int(0.5 * epochs), int(0.72 * epochs)) if m]
         scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, 0.1)
         scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         generator = torch.Generator().manual_seed(seed)
         self.history_ = {"loss": [], "accuracy": []}
         if validate is not None:
             self.history_["validation accuracy"] = []
-        best, kept = -1.0, {}
-        self.train()
-        for epoch in range(epochs):
-            before_epoch(epoch)
-            seen, right, total = 0, 0.0, 0.0
-            for x, y in batches(generator):
-                check_labels(y, len(x), self.num_classes)
-                x, y = x.to(self.device), y.to(self.device).long()
-                with _autocast(precision, self.device):
-                    z = logits(x, y).float()
-                loss = F.cross_entropy(z, y)
-                optimizer.zero_grad(set_to_none=True)
-                scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
-                seen += len(x)
-                total += float(loss.detach()) * len(x)
-                right += float((z.detach().argmax(1) == y).sum())
-            if not total < float("inf"):
-                raise FloatingPointError(f"the loss is {total / seen} in epoch {epoch + 1} of {epochs}; lower lr")
-            if milestones:
+        before = {name: value.clone() for name, value in self._trained().items()}
+        best, kept = -1.0, before
+        try:
+            for epoch in range(epochs):
+                before_epoch(epoch)
+                seen, right, total = 0, 0.0, 0.0
+                for x, y in batches(generator):
+                    check_labels(y, len(x), self.num_classes)
+                    x, y = x.to(self.device), y.to(self.device).long()
+                    with _autocast(precision, self.device):
+                        z = logits(x, y).float()
+                    loss = F.cross_entropy(z, y)
+                    optimizer.zero_grad(set_to_none=True)
+                    scaler.scale(loss).backward()
+                    scaler.step(optimizer)
+                    scaler.update()
+                    seen += len(x)
+                    total += float(loss.detach()) * len(x)
+                    right += float((z.detach().argmax(1) == y).sum())
+                if not math.isfinite(total):
+                    raise FloatingPointError(f"the loss is {total / seen} in epoch {epoch + 1} of {epochs}; lower lr")
                 scheduler.step()
-            self.history_["loss"].append(total / seen)
-            self.history_["accuracy"].append(right / seen)
-            if validate is not None:
-                self.history_["validation accuracy"].append(score := validate())
-                self.train()
-                if score > best:
-                    best, kept = score, {name: value.clone() for name, value in self._trained().items()}
-            if progress is not None:
-                progress(epoch + 1, epochs)
-        if kept:
+                self.history_["loss"].append(total / seen)
+                self.history_["accuracy"].append(right / seen)
+                if validate is not None:
+                    self.history_["validation accuracy"].append(score := validate())
+                    if score > best:
+                        best, kept = score, {name: value.clone() for name, value in self._trained().items()}
+                if progress is not None:
+                    progress(epoch + 1, epochs)
+        except Exception:
+            self.load_state_dict({**self.state_dict(), **before})
+            raise
+        if validate is not None:
             self.load_state_dict({**self.state_dict(), **kept})
         self.eval()
 
@@ -279,45 +294,52 @@ class ReprogrammedClassifier(_Frozen):
         per_class: int = 1,
         seed: int = 0,
     ) -> None:
+        if not isinstance(prompt, VisualPrompt):
+            raise TypeError(f"prompt must be a VisualPrompt, got {type(prompt).__name__}")
         if isinstance(mapping, Tensor):
+            if mapping.ndim not in (1, 2):
+                raise ValueError(f"mapping must have shape (K,) or (K, M), got {tuple(mapping.shape)}")
             num_classes = len(mapping) if num_classes is None else num_classes
-            per_class = 1 if mapping.ndim == 1 else mapping.shape[-1]
-        elif isinstance(mapping, str) and mapping not in get_args(MappingName):
+            per_class = 1 if mapping.ndim == 1 else mapping.shape[1]
+        elif not isinstance(mapping, IterativeLabelMapping) and mapping not in get_args(MappingName):
             raise ValueError(
                 f"mapping must be 'ilm', 'flm', 'rlm', an IterativeLabelMapping or a tensor, got {mapping!r}"
             )
         if num_classes is None:
             raise ValueError("num_classes is needed: a few-shot set may lack classes, so labels do not tell it")
-        super().__init__(backbone, num_classes)
-        self.prompt = prompt.to(self.device)
-        self.per_class = per_class
-        probe = torch.zeros(1, prompt.channels, prompt.out_size, prompt.out_size, device=self.device)
-        with torch.no_grad():
-            self.num_source = backbones.logits_of(backbone(self._like_backbone(probe))).shape[1]
-        _check_room(self.num_source, num_classes, per_class)
+        with backbones.freezing(backbone):
+            super().__init__(backbone, num_classes)
+            probe = torch.zeros(1, prompt.channels, prompt.out_size, prompt.out_size, device=self.device)
+            with torch.no_grad():
+                self.num_source = backbones.logits_of(backbone(self._like_backbone(probe))).shape[1]
+            _check_room(self.num_source, num_classes, per_class)
+            if isinstance(mapping, Tensor):
+                self._check_mapping(mapping)
+        self.prompt, self.per_class = prompt.to(self.device), per_class
         self.schedule = mapping if isinstance(mapping, IterativeLabelMapping) else None
         self.fixed = isinstance(mapping, Tensor) or mapping == "rlm"
-        if mapping == "ilm":
-            self.schedule = IterativeLabelMapping()
         if isinstance(mapping, Tensor):
-            flat = mapping.flatten()
-            inside = mapping.ndim in (1, 2) and len(mapping) == num_classes and not mapping.is_floating_point()
-            if (
-                not inside
-                or len(flat.unique()) != len(flat)
-                or int(flat.min()) < 0
-                or int(flat.max()) >= self.num_source
-            ):
-                raise ValueError(
-                    f"mapping must hold distinct source classes in 0..{self.num_source - 1}, shape (K,) or (K, M) with "
-                    f"K={num_classes}, got {mapping.tolist()}"
-                )
             made = mapping.long()
         elif mapping == "rlm":
             made = random_label_mapping(self.num_source, num_classes, per_class, torch.Generator().manual_seed(seed))
         else:
             made = torch.full((num_classes,) if per_class == 1 else (num_classes, per_class), -1)
+            self.schedule = IterativeLabelMapping() if mapping == "ilm" else self.schedule
         self.register_buffer("mapping", made.to(self.device))
+
+    def _check_mapping(self, mapping: Tensor) -> None:
+        flat = mapping.flatten()
+        whole = not mapping.is_floating_point() and len(mapping) == self.num_classes
+        if not whole or len(flat.unique()) != len(flat) or int(flat.min()) < 0 or int(flat.max()) >= self.num_source:
+            raise ValueError(
+                f"mapping must hold distinct source classes in 0..{self.num_source - 1}, shape (K,) or (K, M) with "
+                f"K={self.num_classes}, got {mapping.tolist()}"
+            )
+
+    def _check_adapter(self, state: dict[str, Tensor]) -> None:
+        # an adapter that was saved before it was fitted has -1 everywhere
+        if bool((state["mapping"] != -1).any()):
+            self._check_mapping(state["mapping"])
 
     def prepare(self, x: Shaped[Tensor, "B C H W"]) -> Float[Tensor, "B C2 H2 W2"]:
         """Images in 0..1 of the size that the prompt takes."""
@@ -335,7 +357,7 @@ class ReprogrammedClassifier(_Frozen):
         Raises:
             RuntimeError: before there is a mapping.
         """
-        if not torch.compiler.is_compiling() and self.device.type == "cpu" and int(self.mapping.min()) < 0:
+        if not torch.compiler.is_compiling() and bool((self.mapping < 0).any()):
             raise RuntimeError("there is no label mapping yet; call fit, or update_mapping with training images")
         return map_logits(self.source_logits(x), self.mapping)
 
@@ -375,7 +397,8 @@ class ReprogrammedClassifier(_Frozen):
     ) -> ReprogrammedClassifier:
         """Train the prompt, mapping before epochs as ``mapping`` says.
 
-        Cross-entropy on the mapped logits, Adam, the rate divided by ten at 50 % and at 72 % of the epochs.
+        Cross-entropy on the mapped logits, Adam, the rate divided by ten at 50 % and at 72 % of the epochs (a single
+        epoch has the whole rate; in the official script a hundredth of it).
 
         Args:
             data: (images, labels), shuffled here; or a loader of such pairs, gone through once per epoch and, unless
@@ -390,7 +413,7 @@ class ReprogrammedClassifier(_Frozen):
 
         Raises:
             ValueError: for labels outside 0..K-1 and settings that cannot be met.
-            FloatingPointError: when the loss is not finite.
+            FloatingPointError: when the loss is not finite; prompt and mapping are then as they were.
         """
         _check_training(epochs, lr, batch_size)
         _autocast(mixed_precision, self.device)
@@ -434,6 +457,7 @@ class ReprogrammedClassifier(_Frozen):
     def _accuracy(self, data: Data, batch_size: int) -> float:
         right = seen = 0
         for x, y in backbones.batches_of(data, batch_size):
+            check_labels(y, len(x), self.num_classes)
             right += int((self.logits(x.to(self.device)).argmax(1).cpu() == y.cpu()).sum())
             seen += len(y)
         return right / seen
@@ -479,38 +503,29 @@ class LinearProbe(_Frozen):
         head: str | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(backbone, num_classes)
-        if (mean is None) != (std is None):
-            raise ValueError("mean and std go together; give both or None for both")
-        for name, values in (("mean", mean), ("std", std)):
-            if values is not None and len(values) != channels:
-                raise ValueError(f"{name} must have one number per channel ({channels}), got {values}")
+        if size < 1 or channels < 1:
+            raise ValueError(f"size and channels must be positive, got {size} and {channels}")
+        check_normalisation(mean, std, channels)
+        with backbones.freezing(backbone):
+            super().__init__(backbone, num_classes)
+            self.head, layer = backbones.find_head(backbone, head)
         self.size, self.mean, self.std, self.channels = size, mean, std, channels
-        self.head, self._layer = backbones.find_head(backbone, head)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.classifier = nn.Linear(self._layer.in_features, num_classes).to(self.device)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # the head belongs to the backbone: registered here too it would be stored twice
-        if name == "_layer":
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
+            self.classifier = nn.Linear(layer.in_features, num_classes).to(self.device)
 
     def prepare(self, x: Shaped[Tensor, "B C H W"]) -> Float[Tensor, "B C2 H2 W2"]:
         """Normalised images of the network's size."""
         x = prepare_images(x, self.size, self.channels)
-        if self.mean is None or self.std is None:
-            return x
-        mean, std = (x.new_tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
-        return (x - mean) / std
+        return normalize(x, self.mean, self.std)
 
     def features(self, x: Shaped[Tensor, "B C H W"]) -> Float[Tensor, "B d"]:
         """What goes into the network's last linear layer."""
         if any(module.training for module in self.backbone.modules()):
             backbones.freeze(self.backbone)
-        return backbones.features_of(self.backbone, self._layer, self._like_backbone(self.prepare(x)))
+        layer = self.backbone.get_submodule(self.head)
+        assert isinstance(layer, nn.Linear)
+        return backbones.features_of(self.backbone, layer, self._like_backbone(self.prepare(x)))
 
     def logits(self, x: Shaped[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
         """Logits of the target classes."""
@@ -566,6 +581,8 @@ class LinearProbe(_Frozen):
             self._solve(z, y, C)
             return self
         held = None if validation is None else self.extract(validation, batch_size, mixed_precision)
+        if held is not None:
+            check_labels(held[1], len(held[0]), self.num_classes)
 
         def validate() -> float:
             assert held is not None
@@ -580,8 +597,6 @@ class LinearProbe(_Frozen):
         return self
 
     def _solve(self, z: Tensor, y: Tensor, C: float) -> None:
-        import warnings
-
         from sklearn.linear_model import LogisticRegression
 
         present = y.unique().cpu()

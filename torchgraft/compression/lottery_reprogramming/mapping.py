@@ -167,9 +167,8 @@ class IterativeLabelMapping:
 
     Args:
         interval: epochs between two mappings.
-        running: count during the training pass of the epoch before instead of in a pass of its own, which saves one
-            forward in about three; the counts are then of a prompt that was still moving. The first mapping always has
-            a pass of its own.
+        running: count during the training pass of the epochs before instead of in a pass of its own, which saves that
+            pass; the counts are then of a prompt that was still moving. The first mapping always has a pass of its own.
 
     Example:
         >>> ilm = IterativeLabelMapping(interval=2)

@@ -32,6 +32,25 @@ def _check_range(x: Tensor) -> None:
         )
 
 
+def check_normalisation(mean: Sequence[float] | None, std: Sequence[float] | None, channels: int) -> None:
+    """Refuse a mean without a deviation, other than one number per channel, and deviations that are not positive."""
+    if (mean is None) != (std is None):
+        raise ValueError("mean and std go together; give both or None for both")
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None and len(values) != channels:
+            raise ValueError(f"{name} must have one number per channel ({channels}), got {values}")
+    if std is not None and not all(value > 0 for value in std):
+        raise ValueError(f"std must be positive, got {std}")
+
+
+def normalize(x: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:
+    """``(x - mean) / std`` per channel; ``x`` itself without them."""
+    if mean is None or std is None:
+        return x
+    middle, spread = (x.new_tensor(v).view(-1, 1, 1) for v in (mean, std))
+    return (x - middle) / spread
+
+
 def prepare_images(x: Shaped[Tensor, "B C H W"], size: int, channels: int = 3) -> Float[Tensor, "B C2 size size"]:
     """Images of any size, bytes or numbers in 0..1, grey or coloured, as a network or a prompt wants them.
 
@@ -124,8 +143,7 @@ class VisualPrompt(nn.Module):
             raise ValueError(f"init must be 'zero' or 'randn', got {init!r}")
         if out_size < 1 or channels < 1:
             raise ValueError(f"out_size and channels must be positive, got {out_size} and {channels}")
-        if (mean is None) != (std is None):
-            raise ValueError("mean and std go together; give both or None for both")
+        check_normalisation(mean, std, channels)
         mask = torch.ones(channels, out_size, out_size)
         if mode == "expansive":
             if pad is not None:
@@ -155,9 +173,6 @@ class VisualPrompt(nn.Module):
         self.mask: Tensor
         self.mean = None if mean is None else tuple(float(v) for v in mean)
         self.std = None if std is None else tuple(float(v) for v in std)
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if values is not None and len(values) != channels:
-                raise ValueError(f"{name} must have one number per channel ({channels}), got {values}")
 
     @classmethod
     def from_processor(cls, processor: Any, in_size: int | None = None, **kwargs: Any) -> VisualPrompt:
@@ -193,10 +208,7 @@ class VisualPrompt(nn.Module):
             x = F.pad(x, self._margin * 2) + torch.sigmoid(self.program) * self.mask
         else:
             x = x + self.program * self.mask
-        if self.mean is None or self.std is None:
-            return x
-        mean, std = (x.new_tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
-        return (x - mean) / std
+        return normalize(x, self.mean, self.std)
 
     def extra_repr(self) -> str:
         """Sizes."""

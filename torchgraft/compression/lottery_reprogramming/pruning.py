@@ -8,6 +8,7 @@ does to a model, and about storing it.
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -37,7 +38,8 @@ def prunable_weights(
         ``{"name.weight": module}``, in the order of the model.
 
     Raises:
-        ValueError: when there are none, or two modules share one weight (pruning would part them).
+        ValueError: when there are none, two modules share one weight (pruning would part them), or a weight is not a
+            plain parameter (lazy, or computed by a parametrisation).
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 3), nn.Linear(2, 5))
@@ -59,7 +61,12 @@ def prunable_weights(
         )
     owners: dict[int, str] = {}
     for name, module in found.items():
-        key = id(module._parameters.get("weight_orig", module._parameters.get("weight")))
+        weight = module._parameters.get("weight_orig", module._parameters.get("weight"))
+        if weight is None or isinstance(weight, nn.parameter.UninitializedParameter):
+            raise ValueError(
+                f"{name!r} is not a plain parameter; run a lazy layer once, or remove its parametrisation first"
+            )
+        key = id(weight)
         if key in owners:
             raise ValueError(f"{owners[key]!r} and {name!r} are one tied parameter; untie them before pruning")
         owners[key] = name
@@ -122,6 +129,12 @@ def _effective(module: nn.Module) -> Tensor:
         return module.weight.detach()  # type: ignore[operator]
 
 
+def _check_finite(found: Mapping[str, nn.Module]) -> None:
+    for name, module in found.items():
+        if not bool(_effective(module).isfinite().all()):
+            raise ValueError(f"{name!r} has values that are not finite; their magnitudes say nothing")
+
+
 def _check_masks(model: nn.Module, masks: Weights) -> dict[str, nn.Module]:
     if not masks:
         raise ValueError("masks is empty")
@@ -179,14 +192,24 @@ def make_permanent(model: nn.Module) -> None:
             prune.remove(module, "weight")
 
 
-def _masks(model: nn.Module, found: Mapping[str, nn.Module]) -> Masks:
-    return {name: module.weight_mask.bool().clone() for name, module in found.items()}  # type: ignore[operator]
+def _ranked(found: Mapping[str, nn.Module], scope: Scope, share: float) -> Masks:
+    """Masks after torch's pruning has taken the share of the least magnitude of what is left.
 
-
-def _shrink(found: Mapping[str, nn.Module], scope: Scope, share: float) -> None:
-    """One step of torch's pruning: mask the share of the least magnitude of what is left."""
-    for modules in [list(found.values())] if scope == "global" else [[m] for m in found.values()]:
-        prune.global_unstructured([(m, "weight") for m in modules], prune.L1Unstructured, amount=share)
+    It works on contiguous copies: torch's global pruning fails on weights that are channels_last.
+    """
+    _check_finite(found)
+    copies = {}
+    for name, module in found.items():
+        copies[name] = nn.Module()
+        copies[name].weight = nn.Parameter(_effective(module).contiguous())
+        if "weight_mask" in module._buffers:
+            prune.custom_from_mask(copies[name], "weight", module.weight_mask.contiguous())  # type: ignore[operator]
+    for group in [list(copies.values())] if scope == "global" else [[copy] for copy in copies.values()]:
+        prune.global_unstructured([(copy, "weight") for copy in group], prune.L1Unstructured, amount=share)
+    masks = {name: copy.weight_mask.bool() for name, copy in copies.items()}  # type: ignore[operator]
+    if empty := [name for name, mask in masks.items() if not mask.any()]:
+        warnings.warn(f"no weight is left of {', '.join(empty)}; keep more, or use scope='layer'", stacklevel=3)
+    return masks
 
 
 def _check_scope(scope: str) -> None:
@@ -213,6 +236,12 @@ def magnitude_prune(
     Returns:
         The masks.
 
+    Raises:
+        ValueError: for a share outside (0, 1] or one that keeps no weight at all, and weights that are not finite.
+
+    Warns:
+        UserWarning: when a layer loses all its weights.
+
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4))
         >>> sum(int(mask.sum()) for mask in magnitude_prune(net, kept=0.3).values())
@@ -222,10 +251,13 @@ def magnitude_prune(
     if not 0 < kept <= 1:
         raise ValueError(f"kept must be a share in (0, 1], got {kept}")
     found = prunable_weights(model, skip_first_conv=skip_first_conv, include_linear=include_linear)
+    _check_finite(found)
+    total = sum(_effective(module).numel() for module in found.values())
+    if round(total * kept) < 1:
+        raise ValueError(f"kept={kept} would leave none of {total} weights; keep more")
     make_permanent(model)
-    _shrink(found, scope, 1.0 - kept)
-    masks = _masks(model, found)
-    make_permanent(model)
+    masks = _ranked(found, scope, 1.0 - kept)
+    apply_masks(model, masks)
     return masks
 
 
@@ -246,6 +278,8 @@ def random_masks(masks: Weights, seed: int, scope: Scope = "layer") -> Masks:
         1
     """
     _check_scope(scope)
+    if not masks:
+        raise ValueError("masks is empty")
     generator = torch.Generator().manual_seed(seed)
 
     def shuffle(flat: Tensor) -> Tensor:
@@ -288,12 +322,15 @@ def _plain(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _check_state(model: nn.Module, state: Weights) -> None:
-    expected = model.state_dict()
+def _check_state(expected: Weights, state: Weights) -> None:
     if state.keys() != expected.keys():
         odd = sorted(state.keys() ^ expected.keys())
         raise ValueError(f"rewind_to must have the keys of model.state_dict(); they differ in {', '.join(odd[:4])}")
     for name, value in state.items():
+        if value.shape != expected[name].shape:
+            raise ValueError(
+                f"rewind_to has {name!r} of shape {tuple(value.shape)}, the model {tuple(expected[name].shape)}"
+            )
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise ValueError(f"rewind_to has numbers in {name!r} that are not finite")
 
@@ -332,7 +369,11 @@ def lottery_ticket(
         The tickets that ``keep`` wants, round 0 being the dense network.
 
     Raises:
-        ValueError: for a rate outside (0, 1), a state of another model, and a round that would leave nothing.
+        ValueError: for a rate outside (0, 1), a state of another model, a round that would leave nothing, and weights
+            that are not finite after training.
+
+    Warns:
+        UserWarning: when a layer loses all its weights.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 2))
@@ -346,35 +387,33 @@ def lottery_ticket(
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     if not 0 < rate < 1:
         raise ValueError(f"rate must be a share in (0, 1), got {rate}")
-    make_permanent(model)
     found = prunable_weights(model, skip_first_conv=skip_first_conv, include_linear=include_linear)
     total = sum(_effective(module).numel() for module in found.values())
     if round(total * (1 - rate) ** rounds) < 1:
         raise ValueError(f"{rounds} rounds at rate {rate} would leave none of {total} weights; take fewer rounds")
     if rewind_to is not None:
-        _check_state(model, rewind_to)
+        _check_state(_plain(model), rewind_to)
         rewind_to = {name: value.detach().clone() for name, value in rewind_to.items()}
+    make_permanent(model)
+    if rewind_to is not None:
         model.load_state_dict(rewind_to)
 
     tickets = []
-    for number in range(rounds + 1):
-        masks: Masks = {}
-        if number:
-            _shrink(found, scope, rate)
-            masks = _masks(model, found)
-            if rewind_to is not None:
+    try:
+        for number in range(rounds + 1):
+            masks: Masks = {}
+            if number:
+                masks = _ranked(found, scope, rate)
                 make_permanent(model)
-                model.load_state_dict(rewind_to)
+                if rewind_to is not None:
+                    model.load_state_dict(rewind_to)
                 apply_masks(model, masks, permanent=False)
-        result = train_fn(model)
-        if keep(number):
-            kept = sum(int(m.sum()) for m in masks.values()) / total if number else 1.0
-            tickets.append(Ticket(number, masks, _plain(model), kept, result))
-        # ranking looks at module.weight, which is stale after the last optimiser step
-        for module in found.values():
-            if "weight_orig" in module._parameters:
-                module.weight = _effective(module)
-    make_permanent(model)
+            result = train_fn(model)
+            if keep(number):
+                kept = sum(int(m.sum()) for m in masks.values()) / total if number else 1.0
+                tickets.append(Ticket(number, masks, _plain(model), kept, result))
+    finally:
+        make_permanent(model)
     return tickets
 
 
@@ -408,6 +447,9 @@ def quantize_weights(
     Returns:
         Scale and largest change by name of the weight.
 
+    Raises:
+        ValueError: for other bits, and weights that are not finite; the model is then as it was.
+
     Example:
         >>> net = nn.Linear(2, 1)
         >>> _ = net.weight.data.copy_(torch.tensor([[1.27, 0.004]]))
@@ -417,16 +459,15 @@ def quantize_weights(
     """
     if not 2 <= bits <= 8:
         raise ValueError(f"bits must lie in 2..8, got {bits}")
-    make_permanent(model)
     most = 2 ** (bits - 1) - 1
     found = prunable_weights(model, skip_first_conv=skip_first_conv, include_linear=include_linear)
+    _check_finite(found)
+    make_permanent(model)
     changed = {}
     for name, module in found.items():
         weight = module.weight
         assert isinstance(weight, nn.Parameter)
         old = weight.detach()
-        if not bool(old.isfinite().all()):
-            raise ValueError(f"{name!r} has values that are not finite; nothing sensible can be quantised")
         # transposed convolutions have their output channels second
         axis = 1 if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)) else 0
         largest = old.abs().amax([d for d in range(old.ndim) if d != axis]) if per_channel else old.abs().amax()[None]
