@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.experiments import toy_recipe
+from torchgraft.experiments import engine
 from torchgraft.experiments.engine import Run, configure, store_evidence, write_json
 
 
@@ -62,6 +63,21 @@ def test_killed_run_goes_on_where_it_stopped(tmp_path):
 def test_another_configuration_is_another_run(tmp_path):
     assert run(tmp_path).folder != run(tmp_path, name="other").folder
     assert run(tmp_path).folder == run(tmp_path).folder
+
+
+@pytest.mark.parametrize("file", ["recipes/toy.py", "vision/toy.py", "vision/toy/deep/part.py", "ops/any.py"])
+def test_changed_code_is_another_run(tmp_path, monkeypatch, file):
+    monkeypatch.setattr(engine, "PACKAGE", tmp_path / "package")
+    changed, other = tmp_path / "package" / file, tmp_path / "package/vision/toys.py"
+    for path in (changed, other):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("1")
+    (tmp_path / "package/experiments").mkdir()
+    before = run(tmp_path).folder
+    other.write_text("2")
+    assert run(tmp_path).folder == before
+    changed.write_text("2")
+    assert run(tmp_path).folder != before
 
 
 def test_an_arm_that_fails_leaves_the_others(tmp_path, monkeypatch):

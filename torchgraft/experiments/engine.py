@@ -142,9 +142,10 @@ def write_json(path: Path, value: Any) -> None:
 
 def _sources(slug: str) -> list[Path]:
     """The code whose change makes stored measurements stale: the recipe, its technique, and what they stand on."""
-    kept = [PACKAGE / "recipes" / f"{slug}.py", *sorted((PACKAGE / "ops").rglob("*.py"))]
-    kept += [PACKAGE / "experiments" / "training.py"]
-    return kept + sorted(p for p in PACKAGE.glob(f"*/{slug}*") if p.suffix == ".py" and p.parent.name != "bench")
+    kept = [*sorted((PACKAGE / "ops").rglob("*.py")), PACKAGE / "experiments" / "training.py"]
+    rooms = [path for path in PACKAGE.iterdir() if path.is_dir() and path.name != "bench"]
+    # a technique is one module, or a folder of them
+    return kept + sorted(p for room in rooms for p in (room / f"{slug}.py", *(room / slug).rglob("*.py")))
 
 
 def fingerprint(slug: str, config: Any) -> str:
