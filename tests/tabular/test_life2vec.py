@@ -268,13 +268,23 @@ def test_wrong_tables_are_named(change, message):
         ([1, "1", "E11"], TypeError, "'code' mixes numbers and text"),
         ([True, 1, 0], TypeError, "'code' mixes numbers and truth values"),
         ([["E11"], ["E12"], ["E13"]], TypeError, "'code' holds a list in each row"),
+        (pd.Categorical([1, "1", "E11"]), TypeError, "'code' mixes numbers and text"),
         (["E11", " ", ""], ValueError, "'code' has blank text in 2 rows"),
         ([None, None, None], ValueError, "'code' of table 'visits' has no value in any training person"),
     ],
 )
 def test_mixed_blank_and_empty_columns_are_named(codes, kind, message):
+    column = codes if isinstance(codes, pd.Categorical) else pd.Series(codes, dtype=object)
     with pytest.raises(kind, match=message):
-        EventTokenizer(schema()).fit(tables(visits=visits().assign(code=pd.Series(codes, dtype=object))), people())
+        EventTokenizer(schema()).fit(tables(visits=visits().assign(code=column)), people())
+
+
+def test_a_fit_that_fails_leaves_what_was_learnt_before():
+    made = fitted()
+    documents = list(made.documents(tables(), people()))
+    with pytest.raises(ValueError, match="'code' of table 'visits' has no value"):
+        made.fit(tables(jobs=jobs().assign(income=7.0), visits=visits().assign(code=None)), people())
+    assert list(made.documents(tables(), people())) == documents
 
 
 def test_tables_that_are_no_tables_or_have_a_column_twice_are_named(without_shape_checks):
@@ -351,6 +361,9 @@ def test_wrong_types_are_named():
     made = fitted()
     with pytest.raises(TypeError, match="date of table 'visits' must be dates"):
         made.documents(tables(visits=visits().assign(date=[1, 2, 3])), people())
+    for years in (pd.Series([2009, 2010, 2011], dtype=object), pd.Categorical([2009, 2010, 2011])):
+        with pytest.raises(TypeError, match=r"date of table 'visits' must be dates.*some of its values are numbers"):
+            made.documents(tables(visits=visits().assign(date=years)), people())
     with pytest.raises(TypeError, match="'income' is binned and must be numbers"):
         made.documents(tables(jobs=jobs().assign(income="much")), people())
     with pytest.raises(ValueError, match="cutoff and reference_date must be of one kind"):
@@ -379,6 +392,7 @@ def test_wrong_types_are_named():
         (lambda: schema(background=("month",)), "'month' occurs twice"),
         (lambda: schema(reference_date=pd.Timestamp("2008-01-01", tz="UTC")), "reference_date must have no time zone"),
         (lambda: schema(background_binned={"age": 3}), "background_binned names 'age'"),
+        (lambda: schema(background_binned={"sex": 1}), "background_binned wants at least 2 bins"),
         (lambda: schema(min_count=0), "min_count must be at least 1"),
         (lambda: schema(reference_date="yesterday-ish"), "reference_date must be a date or a number"),
         (lambda: schema(reference_date=float("nan")), "reference_date must be finite"),
@@ -395,6 +409,28 @@ def test_a_text_does_not_pass_for_names(without_shape_checks):
         EventSource("code")
     with pytest.raises(TypeError, match="background must be a sequence of names"):
         schema(background="sex")
+    with pytest.raises(TypeError, match=r"fields must be a sequence of names, which are text, got \{'fields'"):
+        schema(sources={"visits": {"fields": ["code"]}})
+    with pytest.raises(TypeError, match=r"names, which are text, got \[0\]"):
+        EventSource([0])
+    with pytest.raises(TypeError, match="sources must map names"):
+        schema(sources=["visits"])
+
+
+def test_counts_are_whole_numbers_and_numpys_can_be_saved(tmp_path, without_shape_checks):
+    eight = np.int64(8)
+    source = EventSource(("income", "industry"), binned={"income": eight}, first_characters={"industry": eight})
+    given = schema(sources={"jobs": source}, background_binned={"sex": eight}, min_count=eight)
+    EventTokenizer(given).save_pretrained(tmp_path)
+    assert EventSchema.from_dict(given.to_dict()) == given
+    with pytest.raises(TypeError, match=r"binned of 'a' must be a whole number, got 3\.5"):
+        EventSource(("a",), binned={"a": 3.5})
+    with pytest.raises(TypeError, match="first_characters of 'a' must be a whole number, got '3'"):
+        EventSource(("a",), first_characters={"a": "3"})
+    with pytest.raises(TypeError, match="background_binned of 'sex' must be a whole number"):
+        schema(background_binned={"sex": 2.5})
+    with pytest.raises(TypeError, match="min_count must be a whole number"):
+        schema(min_count=1.5)
 
 
 def test_files_bring_back_the_same_tokenizer(tmp_path):
@@ -644,6 +680,10 @@ def test_labelled_batches_and_padding():
     assert EventCollator(tokenizer_of(), 64, mlm=None)(items)["labels"].shape == (2, 4)
     with pytest.raises(ValueError, match="person 7 has no label"):
         EventCollator(tokenizer_of(), 64, mlm=None)([labelled[0], document()])
+    with pytest.raises(ValueError, match="person 7 has no label"):
+        EventCollator(tokenizer_of(), 64, mlm=None)([document(), labelled[0]])
+    with pytest.raises(ValueError, match="label of person 7 is NaN"):
+        EventCollator(tokenizer_of(), 64, mlm=None)([document(label=float("nan")), labelled[0]])
     assert "labels" not in EventCollator(tokenizer_of(), 64, mlm=None)([document()])
 
 

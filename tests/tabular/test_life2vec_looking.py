@@ -148,6 +148,8 @@ def test_concepts_and_their_neighbours():
     assert [c for _, c in ranked] == sorted([c for _, c in ranked], reverse=True)
     with pytest.raises(ValueError, match="no token 'x'"):
         l2v.concept_neighbors(matrix, tokens, "x")
+    with pytest.raises(ValueError, match="k must be at least 1, got -1"):
+        l2v.concept_neighbors(matrix, tokens, "T_5", -1)
     with pytest.raises(ValueError, match="do not belong together"):
         l2v.concept_neighbors(matrix, tokens[:-1], "T_5")
     with pytest.raises(ValueError, match="no life2vec token embedding"):
@@ -181,6 +183,10 @@ def test_robustness_is_spearman_with_a_permutation_test():
     assert np.isnan(l2v.embedding_robustness([space], permutations=0)[0].p_value)
     with pytest.raises(ValueError, match="same tokens"):
         l2v.embedding_robustness([space, space[:-1]])
+    with pytest.raises(ValueError, match="permutations must be at least 0, got -3"):
+        l2v.embedding_robustness([space], permutations=-3)
+    with pytest.raises(ValueError, match="not finite"):
+        l2v.embedding_robustness([np.where(space > 2, np.nan, space)])
 
 
 @pytest.mark.parametrize("method", ["pca", "tsne"])
@@ -247,10 +253,13 @@ def test_saliency_is_input_times_gradient():
 def test_looking_leaves_the_model_as_it_was():
     model = classifier().train()
     model.decoder.out.bias.requires_grad_(False)
+    model.transformer.eval()
     l2v.saliency(model, given())
     l2v.person_summaries(model, [given()])
     TCAV(model).gradients([given()])
     assert model.training
+    assert model.decoder.training
+    assert not any(part.training for part in model.transformer.modules())
     assert not model.decoder.out.bias.requires_grad
     assert model.decoder.out.weight.requires_grad
 
@@ -334,7 +343,40 @@ def test_a_concept_that_the_answer_hangs_on_beats_random_ones():
         tcav.random_scores(gradients, activations, 159)
 
 
+def test_models_of_half_precision_can_be_looked_into():
+    model, exact = classifier().bfloat16(), classifier()
+    b = given()
+    np.testing.assert_allclose(l2v.person_summaries(model, [b]), l2v.person_summaries(exact, [b]), atol=0.1)
+    np.testing.assert_allclose(TCAV(model, 0).activations([b]), TCAV(exact, 0).activations([b]), atol=0.1)
+    assert TCAV(model).gradients([b]).dtype == np.float32
+
+
+@pytest.mark.parametrize("kind", [Life2VecForPreTraining, l2v.Life2VecForOrdinal, l2v.Life2VecModel])
+def test_models_that_are_no_classifiers_are_named(kind):
+    model = kind(config())
+    for look in (lambda: l2v.saliency(model, given()), lambda: l2v.person_summaries(model, [given()]),
+                 lambda: TCAV(model)):  # fmt: skip
+        with pytest.raises(TypeError, match=f"must be a Life2VecForSequenceClassification, got {kind.__name__}"):
+            look()
+
+
+def test_wrong_ways_of_looking_are_named(without_shape_checks):
+    tcav = TCAV(classifier())
+    for target in (-1, 2):
+        with pytest.raises(ValueError, match=r"target must lie in 0\.\.1"):
+            tcav.gradients([given()], target=target)
+    for steps in (0, -2):
+        with pytest.raises(ValueError, match="steps must be at least 1"):
+            tcav.gradients([given()], steps=steps)
+    with pytest.raises(ValueError, match="batches is empty"):
+        tcav.activations([])
+    with pytest.raises(ValueError, match="batches is empty"):
+        l2v.person_summaries(classifier(), [])
+
+
 def test_wrong_layers_are_named(without_shape_checks):
+    with pytest.raises(ValueError, match="layer must be"):
+        TCAV(classifier(), True)
     with pytest.raises(ValueError, match=r"layer must be 0\.\.2 or 'pooled'"):
         TCAV(classifier(), 3)
     with pytest.raises(ValueError, match="pooling='attention'"):

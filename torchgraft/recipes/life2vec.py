@@ -109,10 +109,10 @@ class Config:
     inner_dropout: float = 0.0
     shares: tuple[float, ...] = (0.05, 0.2, 1.0)
     pretrain_steps: int = 400
-    steps: int = 100
+    steps: int = 200
     batch_size: int = 32
     pretrain_rate: float = 5e-3
-    rates: tuple[float, ...] = (1e-2, 2e-2, 4e-2)
+    rates: tuple[float, ...] = (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2)
     bootstraps: int = 300
     concept_vectors: int = 30
     permutations: int = 999

@@ -221,7 +221,7 @@ class Life2VecAttention(nn.Module):
         local_heads: how many of them, the last ones, are local.
         window: of the local heads.
         num_features: random features of the global heads, for ``kind="performer"``.
-        dropout: of the output, and of the weights of local heads.
+        dropout: of the output, and of the attention weights, which FAVOR+ does not have.
         kind: ``sdpa`` is exact softmax in the global heads; ``performer`` is FAVOR+, as published.
         official_masking: as in ``favor_attention``.
 

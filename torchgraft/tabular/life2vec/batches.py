@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -313,7 +314,7 @@ class EventCollator:
             batch |= {"target_pos": torch.from_numpy(at), "target_tokens": torch.from_numpy(target)}
             if self.sop:
                 batch["target_cls"] = torch.tensor(orders)
-        elif documents[0].label is not None:
+        elif any(document.label is not None for document in documents):
             batch["labels"] = torch.as_tensor(np.array([_label(document) for document in documents]))
         return batch
 
@@ -321,6 +322,8 @@ class EventCollator:
 def _label(document: Document) -> Any:
     if document.label is None:
         raise ValueError(f"person {document.person!r} has no label, but others in the batch have")
+    if isinstance(document.label, float) and math.isnan(document.label):
+        raise ValueError(f"the label of person {document.person!r} is NaN; select those with one")
     return document.label
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
@@ -32,10 +33,20 @@ SEGMENTS = (2, 3, 1)
 
 
 def _names(given: Sequence[str], what: str) -> tuple[str, ...]:
-    # the letters of a text would pass for names
+    # the letters of a text and the keys of a mapping would pass for names
     if isinstance(given, str):
         raise TypeError(f"{what} must be a sequence of names, got the text {given!r}; write ({given!r},)")
+    if isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise TypeError(f"{what} must be a sequence of names, which are text, got {given!r}")
     return tuple(given)
+
+
+def _whole(value: Any, what: str) -> int:
+    """Python's own, which JSON can hold where it cannot hold numpy's."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{what} must be a whole number, got {value!r}") from None
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,8 @@ class EventSource:
             unknown = sorted(set(given) - set(self.fields))
             if unknown:
                 raise ValueError(f"{name} names the unknown field {unknown[0]!r}; the fields are {list(self.fields)}")
+            given = {key: _whole(n, f"{name} of {key!r}") for key, n in given.items()}
+            object.__setattr__(self, name, given)
             small = {key: n for key, n in given.items() if n < (2 if name == "binned" else 1)}
             if small:
                 raise ValueError(f"{name} wants {'at least 2 bins' if name == 'binned' else 'at least 1'}, got {small}")
@@ -89,7 +102,7 @@ class EventSchema:
     Raises:
         ValueError: for fields without a table, the same name for two fields, or a reference date that is no date or has
             a time zone.
-        TypeError: for a text where a sequence of names belongs.
+        TypeError: for a text where a sequence of names belongs, names that are no text, and counts that are not whole.
 
     Example:
         >>> schema = EventSchema({"health": EventSource(("diagnosis",))}, "2008-01-01", background=("sex",))
@@ -109,6 +122,8 @@ class EventSchema:
     units_per_year: float = 365.25
 
     def __post_init__(self) -> None:
+        if not isinstance(self.sources, Mapping):
+            raise TypeError(f"sources must map names of tables to their fields, got {self.sources!r}")
         sources = {
             name: given if isinstance(given, EventSource) else EventSource(given)
             for name, given in self.sources.items()
@@ -129,6 +144,12 @@ class EventSchema:
         unknown = sorted(set(self.background_binned) - set(self.background))
         if unknown:
             raise ValueError(f"background_binned names {unknown[0]!r}; background is {list(self.background)}")
+        object.__setattr__(self, "min_count", _whole(self.min_count, "min_count"))
+        bins = {key: _whole(n, f"background_binned of {key!r}") for key, n in self.background_binned.items()}
+        object.__setattr__(self, "background_binned", bins)
+        small = {key: n for key, n in bins.items() if n < 2}
+        if small:
+            raise ValueError(f"background_binned wants at least 2 bins, got {small}")
         if self.min_count < 1 or not self.units_per_year > 0:
             raise ValueError(
                 f"min_count must be at least 1 and units_per_year positive, got {self.min_count}, {self.units_per_year}"

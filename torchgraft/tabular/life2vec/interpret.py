@@ -65,7 +65,7 @@ def concept_neighbors(
         k: how many.
 
     Raises:
-        ValueError: for a token that is not there, and sizes that do not fit.
+        ValueError: for a token that is not there, k below 1, and sizes that do not fit.
 
     Example:
         >>> rows = np.eye(3)[[0, 0, 1]] + 0.1
@@ -77,6 +77,8 @@ def concept_neighbors(
         raise ValueError(f"matrix has {len(matrix)} rows, tokens has {len(tokens)}; they do not belong together")
     if token not in tokens:
         raise ValueError(f"no token {token!r} in the vocabulary")
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
     unit = _unit(matrix)
     cosines = unit @ unit[tokens.index(token)]
     others = [i for i, name in enumerate(tokens) if name != token and name not in GENERAL_TOKENS]
@@ -131,7 +133,8 @@ def embedding_robustness(
         seed: of permutations and noise.
 
     Raises:
-        ValueError: for fewer than one matrix, other numbers of rows, and fewer than 4 rows.
+        ValueError: for fewer than one matrix, other numbers of rows, fewer than 4 rows, values that are not finite,
+            and a negative number of permutations.
 
     Example:
         >>> space = np.random.default_rng(0).normal(size=(20, 8))
@@ -143,6 +146,10 @@ def embedding_robustness(
         raise ValueError(
             f"matrices must have the same tokens, at least 4, got {[tuple(np.shape(m)) for m in matrices]} as shapes"
         )
+    if permutations < 0:
+        raise ValueError(f"permutations must be at least 0, got {permutations}")
+    if not all(np.isfinite(m).all() for m in matrices):
+        raise ValueError("matrices hold values that are not finite")
     rng = np.random.default_rng(seed)
     first = np.asarray(matrices[0], dtype=float)
     permuted = np.stack([rng.permutation(column) for column in first.T], 1)
@@ -217,6 +224,20 @@ def project(
 # --- people -----------------------------------------------------------------------------------------------------------
 
 
+def _check_classifier(model: nn.Module) -> None:
+    # another model's logits would be summed over what they are not meant to be summed over
+    if not hasattr(model, "classify"):
+        raise TypeError(f"model must be a Life2VecForSequenceClassification, got {type(model).__name__}")
+
+
+def _joined(parts: Sequence[Tensor]) -> np.ndarray:
+    if not parts:
+        raise ValueError("batches is empty; at least one is needed")
+    whole = torch.cat(list(parts))
+    # numpy has no bfloat16
+    return (whole.float() if whole.dtype in (torch.float16, torch.bfloat16) else whole).numpy()
+
+
 def _rows(batch: Batch, model: nn.Module) -> tuple[Tensor, Tensor]:
     device = next(model.parameters()).device
     ids, mask = batch["input_ids"].to(device), batch["padding_mask"].to(device)
@@ -230,12 +251,13 @@ class _Frozen:
         self.model = model
 
     def __enter__(self) -> None:
-        self.training = self.model.training
+        self.training = [(module, module.training) for module in self.model.modules()]
         self.needed = [p.requires_grad for p in self.model.parameters()]
         self.model.eval().requires_grad_(False)
 
     def __exit__(self, *error: object) -> None:
-        self.model.train(self.training)
+        for module, training in self.training:
+            module.training = training
         for parameter, needed in zip(self.model.parameters(), self.needed, strict=True):
             parameter.requires_grad_(needed)
 
@@ -246,7 +268,12 @@ def person_summaries(model: nn.Module, batches: Iterable[Batch]) -> Float[np.nda
     Args:
         model: ``Life2VecForSequenceClassification``.
         batches: of the collator.
+
+    Raises:
+        TypeError: for another model.
+        ValueError: when there is no batch.
     """
+    _check_classifier(model)
     found = []
     with _Frozen(model), torch.no_grad():
         for batch in batches:
@@ -254,7 +281,7 @@ def person_summaries(model: nn.Module, batches: Iterable[Batch]) -> Float[np.nda
             hidden = model.transformer(ids, mask).last_hidden_state  # type: ignore[operator]
             pool = model.decoder
             found.append((pool.summary(hidden, mask) if isinstance(pool, AttentionPooling) else hidden[:, 0]).cpu())
-    return torch.cat(found).numpy()
+    return _joined(found)
 
 
 def saliency(model: nn.Module, batch: Batch, target: int = 1, normalize: bool = True) -> Float[Tensor, "B S"]:
@@ -268,7 +295,12 @@ def saliency(model: nn.Module, batch: Batch, target: int = 1, normalize: bool = 
 
     Returns:
         (B, S), 0 at padding; positive where a token speaks for ``target``.
+
+    Raises:
+        TypeError: for another model.
+        ValueError: for a logit that is not there.
     """
+    _check_classifier(model)
     ids, mask = _rows(batch, model)
     with _Frozen(model), torch.enable_grad():
         x = model.transformer.embed(ids).detach().requires_grad_()  # type: ignore[operator, union-attr]
@@ -312,6 +344,7 @@ class TCAV:
 
     Raises:
         ValueError: for a layer that is not there.
+        TypeError: for another model.
     """
 
     def __init__(
@@ -322,12 +355,13 @@ class TCAV:
         estimator: Any = None,
         seed: int = 0,
     ) -> None:
+        _check_classifier(model)
         layers = len(model.transformer.encoders)  # type: ignore[arg-type, union-attr]
         layer = layers if layer is None else layer
         if layer == "pooled":
             if not isinstance(model.decoder, AttentionPooling):
                 raise ValueError("layer='pooled' needs a model with pooling='attention'")
-        elif not (isinstance(layer, int) and 0 <= layer <= layers):
+        elif isinstance(layer, bool) or not (isinstance(layer, int) and 0 <= layer <= layers):
             raise ValueError(f"layer must be 0..{layers} or 'pooled', got {layer!r}")
         if bootstraps < 1:
             raise ValueError(f"bootstraps must be at least 1, got {bootstraps}")
@@ -354,7 +388,7 @@ class TCAV:
                 if state.ndim == 3:
                     state = (state * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
                 found.append(state.cpu())
-        return torch.cat(found).numpy()
+        return _joined(found)
 
     def gradients(
         self, batches: Iterable[Batch], target: int = 1, steps: int | None = None
@@ -366,7 +400,15 @@ class TCAV:
             target: which logit.
             steps: integrated gradients: the mean of the gradients at this many points between the states of zero
                 embeddings and those of the person. ``None`` takes the gradient at the person.
+
+        Raises:
+            ValueError: for a logit that is not there, and fewer than one step.
         """
+        classes = int(self.model.config.num_labels)  # type: ignore[union-attr, arg-type]
+        if not 0 <= target < classes:
+            raise ValueError(f"target must lie in 0..{classes - 1}, got {target}")
+        if steps is not None and steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}; None takes the gradient at the person")
         found = []
         with _Frozen(self.model), torch.enable_grad():
             for batch in batches:
@@ -382,7 +424,7 @@ class TCAV:
                     (gradient,) = torch.autograd.grad(onward(here)[:, target].sum(), here)
                     total += gradient / len(points)
                 found.append(((total * mask.unsqueeze(-1)).sum(1) if total.ndim == 3 else total).cpu())
-        return torch.cat(found).numpy()
+        return _joined(found)
 
     def vectors(self, concept: Float[np.ndarray, "N E"], random: Float[np.ndarray, "M E"]) -> Float[np.ndarray, "K E"]:
         """Concept vectors of length 1, from activations of people with the concept and of random people.

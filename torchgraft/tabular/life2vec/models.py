@@ -52,6 +52,8 @@ __all__ = [
 class Life2VecConfig(PreTrainedConfig):
     """Sizes of a life2vec; the defaults are the paper's, except for attention.
 
+    ``transformers.AutoModel`` and its kin know life2vec once this module is imported, as naming any model does.
+
     Args:
         vocab_size: tokens, ``tokenizer.vocab_size``.
         hidden_size: width; ``num_heads`` must divide it.
@@ -61,8 +63,8 @@ class Life2VecConfig(PreTrainedConfig):
         num_features: random features of the global heads, for ``attention="performer"``.
         max_position_embeddings: longest sequence that the collator should make; the model itself has no limit, and
             transformers keeps the name ``max_length`` for generation.
-        attention: ``sdpa``, exact softmax, faster at the lengths measured; ``performer``, FAVOR+ as published, whose
-            memory does not grow with the square of the length.
+        attention: ``sdpa``, exact softmax; ``performer``, FAVOR+ as published, whose memory does not grow with the
+            square of the length. ``torchgraft bench life2vec`` compares them.
         official_masking: padded keys stay in FAVOR+'s denominator, as in the official code.
         background_length: tokens behind [CLS] that have no time, ``tokenizer.background_length``.
         integer_age: cut ages to whole years, as the official models do.
@@ -131,6 +133,13 @@ class Life2VecConfig(PreTrainedConfig):
                 "vocab_size must be at least 10 (the general tokens), local_window, num_layers and num_features at "
                 f"least 1, got {vocab_size}, {local_window}, {num_layers}, {num_features}"
             )
+        for size, given, least in (
+            ("intermediate_size", intermediate_size, 1), ("max_position_embeddings", max_position_embeddings, 1),
+            ("background_length", background_length, 0), ("num_items", num_items, 1), ("num_levels", num_levels, 2),
+            ("num_contexts", num_contexts, 1),
+        ):  # fmt: skip
+            if given < least:
+                raise ValueError(f"{size} must be at least {least}, got {given}")
         self.vocab_size, self.hidden_size, self.intermediate_size = vocab_size, hidden_size, intermediate_size
         self.num_layers, self.num_heads, self.num_local_heads = num_layers, num_heads, num_local_heads
         self.local_window, self.num_features = local_window, num_features
@@ -185,6 +194,8 @@ class Life2VecPreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     main_input_name = "input_ids"
     _no_split_modules = ["_Encoder"]  # noqa: RUF012
+    # losses are means of a batch: the Trainer must divide them by the steps that it accumulates
+    accepts_loss_kwargs = False
     # an encoder that was saved with other attention has, or lacks, random features
     _keys_to_ignore_on_load_unexpected = [r"projection_matrix$"]  # noqa: RUF012
 
@@ -230,6 +241,11 @@ class RedrawProjections(TrainerCallback):
 
 
 def _check_inputs(input_ids: Tensor, padding_mask: Tensor | None, vocab_size: int) -> None:
+    if input_ids.dtype in (torch.float16, torch.bfloat16):
+        raise TypeError(
+            f"input_ids must not be {input_ids.dtype}, which rounds tokens and days; leave them float32, whatever the "
+            "model's dtype"
+        )
     if input_ids.ndim != 3 or input_ids.shape[1] != 4:
         raise ValueError(
             f"input_ids must have shape (B, 4, S): tokens, positions, ages, segments; got {tuple(input_ids.shape)}"
@@ -246,9 +262,23 @@ def _check_inputs(input_ids: Tensor, padding_mask: Tensor | None, vocab_size: in
     empty = ~valid.any(1)
     if empty.any():
         raise ValueError(f"row {int(empty.nonzero()[0])} is all padding; every document has at least [CLS] and [SEP]")
-    largest = int(input_ids[:, 0].max())
-    if largest >= vocab_size:
-        raise ValueError(f"input_ids holds token {largest}, but vocab_size is {vocab_size}; do they belong together?")
+    if not input_ids.isfinite().all():
+        raise ValueError(f"input_ids holds {int((~input_ids.isfinite()).sum())} values that are not finite")
+    least, largest = (int(token) for token in input_ids[:, 0].aminmax())
+    if least < 0 or largest >= vocab_size:
+        wrong = least if least < 0 else largest
+        raise ValueError(f"input_ids holds token {wrong}, but vocab_size is {vocab_size}; do they belong together?")
+    least, largest = (int(segment) for segment in input_ids[:, 3].aminmax())
+    if least < 0 or largest > 3:
+        raise ValueError(f"input_ids holds segments {least}..{largest} in its last row; they must lie in 0..3")
+
+
+def _classes(labels: Tensor) -> Tensor:
+    """Whole numbers; a soft label of 0.9 must not pass for class 0."""
+    readable = labels.device.type == "cpu" and labels.is_floating_point() and not torch.compiler.is_compiling()
+    if readable and not torch.equal(labels, labels.round()):
+        raise ValueError("labels must be classes, whole numbers without NaN; soft labels are not supported")
+    return labels.long()
 
 
 class Life2VecModel(Life2VecPreTrainedModel):
@@ -330,8 +360,9 @@ class Life2VecModel(Life2VecPreTrainedModel):
             kwargs: not used.
 
         Raises:
-            ValueError: for shapes, tokens beyond the vocabulary, and rows that are all padding (the last two are
-                looked for on the CPU only).
+            ValueError: for shapes; on the CPU also for tokens beyond the vocabulary, segments beyond 3, values that
+                are not finite, and rows that are all padding.
+            TypeError: for ``input_ids`` of half precision.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
@@ -405,6 +436,7 @@ class Life2VecForPreTraining(Life2VecPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        return_loss: bool = True,
         **kwargs: Any,
     ) -> Any:
         """Logits, and losses where there are targets.
@@ -415,7 +447,11 @@ class Life2VecForPreTraining(Life2VecPreTrainedModel):
             target_tokens: what belongs there; 0 is left out of the loss.
             target_cls: 0 as it was, 1 reversed, 2 shuffled, -100 left out.
             output_hidden_states, output_attentions, return_dict: as in ``Life2VecModel``.
+            return_loss: False computes none; that it is here lets ``Trainer.evaluate`` report a loss.
             kwargs: not used.
+
+        Raises:
+            ValueError: where ``target_tokens`` has another shape than ``target_pos``.
         """
         matrix = self.transformer.embedding.token.weight
         found = self.transformer(
@@ -425,14 +461,19 @@ class Life2VecForPreTraining(Life2VecPreTrainedModel):
         hidden = found.last_hidden_state
         if target_pos is None:
             target_pos = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
+        if target_tokens is not None and target_tokens.shape != target_pos.shape:
+            raise ValueError(
+                f"target_tokens must have the shape of target_pos, {tuple(target_pos.shape)}, got "
+                f"{tuple(target_tokens.shape)}"
+            )
         logits = self.mlm_decoder(hidden, target_pos.long(), matrix)
         order = self.cls_decoder(hidden[:, 0])
         losses: list[Tensor] = []
         mlm = sop = None
-        if target_tokens is not None:
+        if return_loss and target_tokens is not None:
             mlm = _mean_loss(logits.flatten(0, 1), target_tokens.flatten().long(), 0)
             losses.append(0.8 * mlm)
-        if target_cls is not None:
+        if return_loss and target_cls is not None:
             weight = logits.new_tensor([1 / 0.9, 1 / 0.1, 1 / 0.1])
             sop = _mean_loss(order, target_cls.long(), -100, weight=weight, label_smoothing=0.1)
             losses.append(0.2 * sop)
@@ -503,9 +544,9 @@ class Life2VecForSequenceClassification(Life2VecPreTrainedModel):
         loss = None
         if labels is not None:
             if self.config.classification_loss == "pu":
-                loss = asymmetric_pu_loss(logits, labels.long(), self.config.positive_weight)
+                loss = asymmetric_pu_loss(logits, _classes(labels), self.config.positive_weight)
             else:
-                loss = F.cross_entropy(logits, labels.long())
+                loss = F.cross_entropy(logits, _classes(labels))
         out = SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=found.hidden_states, attentions=found.attentions
         )
@@ -579,7 +620,7 @@ class Life2VecForOrdinal(Life2VecPreTrainedModel):
         if labels is not None:
             if labels.shape != logits.shape[:2]:
                 raise ValueError(f"labels must have shape {tuple(logits.shape[:2])}, got {tuple(labels.shape)}")
-            loss = cdw_cross_entropy(probabilities.flatten(0, 1), labels.flatten().long())
+            loss = cdw_cross_entropy(probabilities.flatten(0, 1), _classes(labels.flatten()))
         out = Life2VecOrdinalOutput(
             loss=loss, logits=logits, probabilities=probabilities, hidden_states=found.hidden_states,
             attentions=found.attentions,
@@ -679,7 +720,7 @@ def convert_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         if name in ("cls_w", "mlm_w", "cls_a") or ".rel_pos." in name or "metric" in name:
             continue
-        if flat and name.startswith(("decoder.context", "decoder.pool.")):
+        if name.startswith("decoder.rezero.") or (flat and name.startswith(("decoder.context", "decoder.pool."))):
             continue
         kept[name] = tensor
     return kept

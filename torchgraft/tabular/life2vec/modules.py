@@ -35,6 +35,11 @@ IGNORED = (0, 4, 5, 6, 7, 8)
 """[PAD] and the placeholders: rows that are zero and do not count for the mean."""
 
 
+def _unit(x: Tensor) -> Tensor:
+    """Rows of length 1. In float16 the usual 1e-12 is 0, and the zero rows of a token matrix would become NaN."""
+    return F.normalize(x, dim=-1, eps=max(1e-12, torch.finfo(x.dtype).tiny))
+
+
 def center_tokens(
     weight: Float[Tensor, "V E"], ignored: Sequence[int] = IGNORED, normalize: bool = False
 ) -> Float[Tensor, "V E"]:
@@ -52,7 +57,7 @@ def center_tokens(
     keep = weight.new_ones(len(weight), 1)
     keep[list(ignored)] = 0
     centered = (weight - (weight * keep).sum(0) / keep.sum()) * keep
-    return F.normalize(centered, dim=1) if normalize else centered
+    return _unit(centered) if normalize else centered
 
 
 def time2vec(
@@ -179,8 +184,10 @@ class EventEmbedding(nn.Module):
         """The sum, (B, S, E)."""
         timed = torch.arange(tokens.shape[1], device=tokens.device) > self.background_length
         x = self.token(tokens, matrix)
-        x = self.res_age(x, self.age(age.to(x.dtype)) * timed[:, None])
-        x = self.res_abs(x, self.abspos(position.to(x.dtype)) * timed[:, None])
+        # half precision has no day between 4096 and 4112
+        exact = torch.promote_types(x.dtype, torch.float32)
+        x = self.res_age(x, (self.age(age.to(exact)) * timed[:, None]).to(x.dtype))
+        x = self.res_abs(x, (self.abspos(position.to(exact)) * timed[:, None]).to(x.dtype))
         return self.dropout(self.res_seg(x, self.segment(segment)))
 
 
@@ -216,8 +223,8 @@ class MaskedTokenHead(nn.Module):
     ) -> Float[Tensor, "B P V"]:
         """Logits; ``matrix`` is the centred one, (V, E)."""
         h = hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-        h = self.dropout(F.normalize(self.V(self.dropout(h)).tanh(), dim=-1))
-        return self.g * (h @ F.normalize(matrix, dim=1).T)
+        h = self.dropout(_unit(self.V(self.dropout(h)).tanh()))
+        return self.g * (h @ _unit(matrix).T)
 
 
 class OrderHead(nn.Module):

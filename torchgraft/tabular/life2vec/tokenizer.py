@@ -61,6 +61,9 @@ def _dates(values: Series, numeric: bool, what: str) -> np.ndarray:
     else:
         if pandas.api.types.is_numeric_dtype(values):
             raise TypeError(f"{what} must be dates, since reference_date is one; got dtype {values.dtype}")
+        # the year 2009 would be read as 2009 nanoseconds behind 1970
+        if "numbers" in _kinds(values):
+            raise TypeError(f"{what} must be dates, since reference_date is one; some of its values are numbers")
         try:
             read = pandas.to_datetime(values)
         except (TypeError, ValueError) as error:
@@ -93,12 +96,20 @@ def _kind(value: Any) -> str:
     return "text" if isinstance(value, str) else type(value).__name__
 
 
+def _kinds(values: Series) -> list[str]:
+    """Kinds of the values of a column whose dtype does not tell: of objects, and of categories that are objects."""
+    categorical = getattr(values.dtype, "categories", None) is not None
+    if categorical:
+        values = values.cat.remove_unused_categories().cat.categories.to_series()
+    return sorted({_kind(value) for value in values.dropna()} if categorical or values.dtype == object else set())
+
+
 def _words(values: Series, name: str, first: int | None) -> np.ndarray:
     """Tokens as objects, None where there is no value; whole numbers lose the '.0' that missing values give them."""
     import pandas
 
     # before factorize, which takes True and 1 for the same and refuses lists without naming them
-    kinds = sorted({_kind(value) for value in values.dropna()} if values.dtype == object else set())
+    kinds = _kinds(values)
     if len(kinds) > 1:
         raise TypeError(
             f"field {name!r} mixes {' and '.join(kinds)}, so that 1 and '1' could not be told apart; make it one type, "
@@ -191,10 +202,17 @@ class EventTokenizer:
                 missing or repeated people, and for two values that would have the same token.
             TypeError: for columns that mix text and numbers, and for binned ones that are not numbers.
         """
+        # what was learnt before stays where this fails
+        fresh = EventTokenizer(self.schema)
+        tokens, categories = fresh._learn(events, people)
+        self.bins = fresh.bins
+        self._set(tokens, categories)
+        return self
+
+    def _learn(self, events: Mapping[str, DataFrame] | DataFrame, people: DataFrame) -> tuple[list[str], list[str]]:
         schema = self.schema
         tables, ids, births = self._tables(events, people)
         known = set(ids)
-        self.bins = {}
         for name, number in schema.background_binned.items():
             self.bins[name] = _quantiles(_numbers(people[name], name), number, name)
         tokens, categories = list(GENERAL_TOKENS), ["GENERAL"] * len(GENERAL_TOKENS)
@@ -234,8 +252,7 @@ class EventTokenizer:
             twice = next(token for i, token in enumerate(tokens) if token in tokens[:i])
             owners = [category for token, category in zip(tokens, categories, strict=True) if token == twice]
             raise ValueError(f"token {twice!r} would stand for values of {' and of '.join(owners)}; rename one field")
-        self._set(tokens, categories)
-        return self
+        return tokens, categories
 
     def _set(self, tokens: list[str], categories: list[str]) -> None:
         self.tokens, self.categories = tokens, categories
