@@ -18,6 +18,7 @@ from torchgraft.compression.optin.blocks import (
     find_blocks,
     first_tensor,
     resolve,
+    trackable,
     width_in,
 )
 from torchgraft.compression.optin.scoring import OptinScores
@@ -32,6 +33,8 @@ def _in_order(model: nn.Module, batch: Any, specs: Sequence[PrunableSpec]) -> tu
         for i, block in enumerate(blocks):
             stack.callback(block.feature.register_forward_hook(lambda m, a, o, i=i: order.append(i)).remove)
         call(model, batch)
+    if sorted(order) != list(range(len(specs))):
+        raise ValueError(f"each of {len(specs)} blocks must run exactly once in one forward pass, got {order}")
     return tuple(specs[i] for i in order)
 
 
@@ -66,6 +69,7 @@ def baseline_scores(
     examples = len(first_tensor(batch))
     scores: dict[str, list[Tensor]] = {"heads": [], "neurons": []}
     with torch.inference_mode(False), torch.enable_grad(), evaluating(model), ExitStack() as stack:
+        batch = trackable(batch)
         specs = _in_order(model, batch, specs)
         found = resolve(model, specs)
         taken: dict[tuple[int, str], Tensor] = {}

@@ -59,6 +59,7 @@ class _Family:
     ffn_out: str = ""
     per_head: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
+    aside: tuple[str, ...] = ()
 
 
 _VIT: dict[str, Any] = {
@@ -78,7 +79,10 @@ _FAMILIES = (
         "DistilBERT", "attention", ("attention.q_lin", "attention.k_lin", "attention.v_lin"), "attention.out_lin",
         "attention.attention_head_size", ("ffn.lin1",), "ffn.lin2",
     ),
-    _Family("SegFormer", ffn_in=("mlp.fc1", "mlp.dwconv.dwconv"), **_VIT),
+    _Family(
+        "SegFormer", ffn_in=("mlp.fc1", "mlp.dwconv.dwconv"),
+        aside=("attention.sequence_reduction", "attention.layer_norm"), **_VIT,
+    ),
     _Family(
         "ViT, DeiT, Swin", ffn_in=("mlp.fc1",),
         per_head=("attention.relative_position_bias.relative_position_bias_table",), without=("mlp.dwconv",),
@@ -146,6 +150,17 @@ def width_out(module: nn.Module, name: str) -> int:
     )
 
 
+# their parts have BERT's names, but what they do with heads does not follow from the parts
+_UNLIKE_BERT = ("BigBird", "LayoutLMv3")
+
+
+def _foreign(block: nn.Module, family: _Family) -> bool:
+    """Whether the attention has parameters that the family does not name, so that it is another architecture's."""
+    known = (*family.qkv, family.attention_out, *family.per_head, *family.aside)
+    names = (f"{family.attention}.{name}" for name, _ in _get(block, family.attention).named_parameters())
+    return any(not f"{name}.".startswith(tuple(f"{k}." for k in known)) for name in names)
+
+
 def _has(block: nn.Module, names: Sequence[str]) -> bool:
     return all(isinstance(_get(block, name), nn.Module) for name in names)
 
@@ -162,6 +177,12 @@ def _spec(block: nn.Module, prefix: str, family: _Family) -> PrunableSpec | None
     parts: dict[str, Any] = {}
     if heads:
         size, out = _get(block, family.head_size), _get(block, family.attention_out)
+        if not size or _foreign(block, family) or type(block).__name__.startswith(_UNLIKE_BERT):
+            return None
+        fused = width_out(_get(block, family.qkv[0]), family.qkv[0])
+        if len(family.qkv) == 1 and fused != 3 * width_in(out, family.attention_out):
+            # one key for all heads
+            return None
         producer = _get(block, family.qkv[min(1, len(family.qkv) - 1)])
         columns = width_in(out, family.attention_out) if len(family.qkv) == 1 else width_out(producer, "keys")
         if columns:
@@ -184,7 +205,9 @@ def _search(module: nn.Module, prefix: str, found: list[PrunableSpec]) -> None:
     """Outermost blocks, in the order of definition."""
     for name, child in module.named_children():
         at = f"{prefix}{name}."
-        spec = next((s for family in _FAMILIES if (s := _spec(child, at, family))), None)
+        # most modules have no part of the name of a family's last layer, and need no closer look
+        near = [family for family in _FAMILIES if family.ffn_out.partition(".")[0] in child._modules]
+        spec = next((s for family in near if (s := _spec(child, at, family))), None)
         if spec is None:
             _search(child, at, found)
         else:
@@ -196,7 +219,9 @@ def find_blocks(model: nn.Module) -> tuple[PrunableSpec, ...]:
 
     Known are BERT, RoBERTa and MiniLM, DistilBERT, ViT and DeiT, Swin, SegFormer, Mask2Former's Swin backbone
     and the feed-forward layers of its pixel decoder, GPT-2, OPT, Llama, Mistral and Qwen2 of ``transformers``,
-    PyTorch's ``TransformerEncoderLayer``, and ResNets of basic blocks (``conv1``, ``bn1``, ``conv2``).
+    PyTorch's ``TransformerEncoderLayer``, and ResNets of basic blocks (``conv1``, ``bn1``, ``conv2``). Relatives whose
+    parts have the same names but whose attention does more with its heads (Longformer, BigBird, ConvBERT,
+    Nyströmformer, LayoutLMv3, GPT-BigCode) do not match.
 
     Raises:
         ValueError: when nothing matches.
@@ -270,6 +295,12 @@ def resolve(model: nn.Module, specs: Sequence[PrunableSpec]) -> list[Block]:
     """
     blocks = []
     for spec in specs:
+        inside = [s for s in specs if (s.ffn_out or s.attention_out).startswith(f"{spec.block}.")]
+        if spec.block and inside != [spec]:
+            raise ValueError(
+                f"block {spec.block!r} must hold its own ffn_out and attention_out and those of no other spec; "
+                f"block='' leaves it out"
+            )
         out = module_at(model, spec.attention_out) if spec.attention_out else None
         ffn = module_at(model, spec.ffn_out) if spec.ffn_out else None
         if out is not None and width_in(out, spec.attention_out) % spec.n_heads:
@@ -370,7 +401,7 @@ class OpenAttention(nn.Module):
         for weight, bias in zip(weights, biases, strict=True):
             layer = nn.Linear(embed, embed, biased, device="meta")
             layer.weight = nn.Parameter(weight.clone(), closed.in_proj_weight.requires_grad)
-            layer.bias = None if bias is None else nn.Parameter(bias.clone(), closed.in_proj_weight.requires_grad)  # type: ignore[assignment]
+            layer.bias = None if bias is None else nn.Parameter(bias.clone(), closed.in_proj_bias.requires_grad)  # type: ignore[assignment]
             made.append(layer)
         self.q_proj, self.k_proj, self.v_proj = made
         self.out_proj = closed.out_proj
@@ -386,6 +417,10 @@ class OpenAttention(nn.Module):
         average_attn_weights: bool = True,
     ) -> tuple[Tensor, None]:  # fmt: skip
         """Attend; masks as in ``nn.MultiheadAttention``."""
+        if is_causal and attn_mask is None:
+            raise ValueError(
+                "is_causal=True is a hint about attn_mask, as in nn.MultiheadAttention; give attn_mask too"
+            )
         if not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
 
@@ -464,15 +499,29 @@ def call(model: nn.Module, batch: Any) -> Any:
 
 
 def first_tensor(batch: Any) -> Tensor:
-    """The tensor that tells how many examples a batch has.
+    """The tensor that tells how many examples a batch has: the model's input where it has a usual name.
 
     Raises:
         TypeError: for a batch without tensors.
+        ValueError: for a batch without examples.
     """
-    tensors = [v for v in batch.values() if isinstance(v, Tensor)] if isinstance(batch, Mapping) else [batch]
-    if not tensors or not isinstance(tensors[0], Tensor):
+    tensors = [batch]
+    if isinstance(batch, Mapping):
+        # positions, for instance, may be one row for all examples
+        usual = [batch[name] for name in ("input_ids", "inputs_embeds", "pixel_values") if name in batch]
+        tensors = [v for v in (*usual, *batch.values()) if isinstance(v, Tensor)]
+    if not tensors or not isinstance(tensors[0], Tensor) or not tensors[0].ndim:
         raise TypeError(f"batch must be a tensor or a mapping with tensors, got {type(batch).__name__}")
+    if not tensors[0].numel():
+        raise ValueError(f"batch has no examples: its tensor has shape {tuple(tensors[0].shape)}")
     return tensors[0]
+
+
+def trackable(batch: Any) -> Any:
+    """The batch, with copies of what was made in inference mode, through which no gradient can pass."""
+    if isinstance(batch, Tensor):
+        return batch.clone() if batch.is_inference() else batch
+    return {key: trackable(value) for key, value in batch.items()} if isinstance(batch, Mapping) else batch
 
 
 def real_tokens(batch: Any) -> Tensor | None:

@@ -26,6 +26,7 @@ from torchgraft.compression.optin.blocks import (
     first_tensor,
     real_tokens,
     resolve,
+    trackable,
     width_in,
 )
 from torchgraft.compression.optin.losses import kl_loss, manifold_loss, mean_loss, patch_loss, squared_loss
@@ -239,8 +240,11 @@ class Session:
     """One model, one batch, its blocks in order of execution, and what the undamaged model did with the batch."""
 
     def __init__(self, model: nn.Module, batch: Any, specs: Sequence[PrunableSpec], config: OptinConfig) -> None:
-        self.model, self.batch, self.config = model, batch, config
         self.examples = len(first_tensor(batch))
+        if config.loss == "patch" and config.features != "none" and self.examples < 2:
+            raise ValueError("loss='patch' compares examples; give a batch of at least 2, got 1")
+        batch = trackable(batch)
+        self.model, self.batch, self.config = model, batch, config
         self.real = real_tokens(batch)
         self.forwards = self.backwards = 0.0
         blocks = resolve(model, specs)
@@ -556,13 +560,16 @@ def rebalanced(scores: OptinScores, config: OptinConfig) -> OptinScores:
     of the released code.
 
     Raises:
-        ValueError: for scores without ``details``, such as those of ``baseline_scores``.
+        ValueError: for scores without the ``details`` that are asked for, such as those of ``baseline_scores``.
     """
+    needed = (*(("features",) if config.features != "none" else ()), *(("output",) if config.output else ()))
     made = {}
     for kind in scores.targets:
-        if f"{kind}/features" not in scores.details:
-            raise ValueError("scores have no details; they must come from optin_scores")
-        parts = scores.details[f"{kind}/features"], scores.details[f"{kind}/output"]
+        absent = [f"{kind}/{part}" for part in needed if f"{kind}/{part}" not in scores.details]
+        if absent:
+            raise ValueError(f"scores have no details {absent}; they must come from optin_scores that took them")
+        nothing = tuple(torch.zeros_like(s) for s in scores.of(kind))  # type: ignore[arg-type]
+        parts = (scores.details.get(f"{kind}/{part}", nothing) for part in ("features", "output"))
         made[kind] = _score(config, kind, *parts)  # type: ignore[arg-type]
     return replace(scores, **made)  # type: ignore[arg-type]
 
@@ -630,7 +637,8 @@ def optin_scores(
     for kind, parts in found.items():
         features, output = (tuple(part[k].detach().float().cpu() for part in parts) for k in (0, 1))
         scores[kind] = _score(config, kind, features, output)  # type: ignore[arg-type]
-        details[f"{kind}/features"], details[f"{kind}/output"] = features, output
+        taken = {"features": (features, config.features != "none"), "output": (output, config.output)}
+        details |= {f"{kind}/{name}": values for name, (values, on) in taken.items() if on}
         official += 1 + sum(block.count(kind) for block in session.blocks)
     nothing = (empty,) * many
     return OptinScores(

@@ -42,6 +42,12 @@ def _cut_out(module: Any, name: str, kept: Tensor) -> None:
     """Keep some rows of what a layer makes; a fused layer makes the same units several times over."""
     times = width_out(module, name) // len(kept)
     rows = kept.repeat(times).nonzero()[:, 0]
+    if isinstance(module, NoChannels):
+        # the block before, which this layer also ends, lost all its units
+        module.channels = len(rows)
+        if module.bias is not None:
+            _set(module, "bias", module.bias[rows])
+        return
     if isinstance(module, nn.BatchNorm2d):
         for part in ("weight", "bias"):
             if getattr(module, part) is not None:
@@ -85,7 +91,7 @@ def _cut_in(module: Any, kept: Tensor) -> None:
 
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
     parent, _, last = name.rpartition(".")
-    module_at(model, parent)._modules[last] = new
+    module_at(model, parent)._modules[last] = new.train(module_at(model, name).training)
 
 
 def _empty_attention(model: nn.Module, block: Block) -> None:
@@ -100,7 +106,7 @@ def _empty_attention(model: nn.Module, block: Block) -> None:
         _cut_in(out, torch.zeros(width_in(out, spec.attention_out), dtype=torch.bool))
         new = Emptied(None, False, True, 0)
     device, dtype = out.weight.device, out.weight.dtype
-    _replace(model, spec.attention, new.to(device=device, dtype=dtype).train(out.training))
+    _replace(model, spec.attention, new.to(device=device, dtype=dtype))
 
 
 _COUNTS = (
@@ -150,13 +156,12 @@ def _cut_neurons(model: nn.Module, block: Block, kept: Tensor) -> None:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Initializing zero-element tensors")
                 layer = nn.Linear(0, width_out(out, spec.ffn_out), device="meta")
-            layer.weight = nn.Parameter(out.weight.detach()[:0].mT.clone())
+            layer.weight = nn.Parameter(out.weight.detach()[:0].mT.clone(), out.weight.requires_grad)
             layer.bias = out.bias
             _replace(model, spec.ffn_out, layer)
         out = module_at(model, spec.ffn_out)
     for name in spec.ffn_in:
-        if not isinstance(module_at(model, name), NoChannels):
-            _cut_out(module_at(model, name), name, kept)
+        _cut_out(module_at(model, name), name, kept)
     if width_in(out, spec.ffn_out):
         _cut_in(out, kept)
 
@@ -217,9 +222,10 @@ def apply_masks(model: nn.Module, masks: PruneMasks, mode: Literal["slice", "mas
         model: the model that was scored.
         masks: what to keep.
         mode: ``slice`` takes rows and columns out of the weights, so that the copy is smaller and faster. It is a plain
-            model of its own library, except where a block lost all heads or all channels: there a small module of ours
-            gives what is left, the bias. ``mask`` sets the weights that read the removed units to zero: same outputs,
-            same size, same speed.
+            model of its own library with two exceptions: where a block lost all heads or all channels a small module
+            of ours gives what is left, the bias; and in PyTorch's encoder layers an attention of ours stands where
+            ``nn.MultiheadAttention`` was, which cannot lose heads. ``mask`` sets the weights that read the removed
+            units to zero: same outputs, same size, same speed.
 
     Raises:
         ValueError: for another mode, masks of other sizes, or a spec that lacks what slicing needs.
@@ -227,23 +233,28 @@ def apply_masks(model: nn.Module, masks: PruneMasks, mode: Literal["slice", "mas
     """
     if mode not in ("slice", "mask"):
         raise ValueError(f"mode must be 'slice' or 'mask', got {mode!r}")
-    made = copy.deepcopy(model)
-    if mode == "slice":
-        _slice(made, masks)
-        return made
+    # weights made in inference mode could never be trained
+    with torch.inference_mode(False):
+        made = copy.deepcopy(model)
+        (_slice if mode == "slice" else _mask)(made, masks)
+    return made
+
+
+def _mask(made: nn.Module, masks: PruneMasks) -> None:
+    """Zero weights of a copy."""
     # the output projection of nn.MultiheadAttention has the same name open or closed
     blocks = resolve(made, masks.blocks)
     _check(blocks, masks)
     with torch.no_grad():
         for block, heads, neurons in zip(blocks, masks.heads, masks.neurons, strict=True):
             for out, kept, count in ((block.attention_out, heads, block.heads), (block.ffn_out, neurons, block.width)):
-                if out is None or not count:
+                if out is None or not count or bool(kept.all()):
                     continue
                 weight = cast(Tensor, out.weight)
                 size = width_in(out, "") // count
                 gone = (~kept).repeat_interleave(size).nonzero()[:, 0].to(weight.device)
-                weight.index_fill_(0 if type(out).__name__ == "Conv1D" else 1, gone, 0.0)
-    return made
+                # a new parameter, since another layer may share this one
+                _set(out, "weight", weight.index_fill(0 if type(out).__name__ == "Conv1D" else 1, gone, 0.0))
 
 
 def save_pruned(model: nn.Module, folder: str | Path) -> None:
@@ -266,6 +277,9 @@ def save_pruned(model: nn.Module, folder: str | Path) -> None:
     if hasattr(model, "save_pretrained"):
         config = kept.config
         config.architectures, config.dtype = [type(model).__name__], kept.dtype
+        # rotary frequencies, for instance, stay in single precision in a model of bfloat16
+        buffers = {name: str(b.dtype).removeprefix("torch.") for name, b in model.named_buffers()}
+        config.optin = sizes | {"buffers": buffers}
         config.save_pretrained(folder)
         if getattr(model, "generation_config", None) is not None and kept.can_generate():
             kept.generation_config.save_pretrained(folder)
@@ -294,6 +308,19 @@ def _shrink(model: nn.Module, sizes: dict[str, Any]) -> None:
     for entry, block in zip(sizes["blocks"], resolve(model, blocks), strict=True):
         entry["whole"] = block.width
     _slice(model, _first(sizes, blocks))
+
+
+def _cast(model: nn.Module, dtype: torch.dtype, noted: dict[str, str]) -> None:
+    """Bring parameters to a precision, and floating-point buffers to the one noted, or to the same."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    for name, buffer in list(model.named_buffers()):
+        wanted = getattr(torch, noted[name], None) if name in noted else dtype
+        if not isinstance(wanted, torch.dtype):
+            raise ValueError(f"the buffer {name!r} is noted as {noted[name]!r}, which is no dtype")
+        if buffer.is_floating_point():
+            parent, _, last = name.rpartition(".")
+            module_at(model, parent)._buffers[last] = buffer.to(wanted)
 
 
 def load_pruned(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -329,7 +356,7 @@ def load_pruned(folder: str | Path, model: nn.Module | None = None) -> nn.Module
             raise ValueError(f"{folder / 'config.json'} names the architecture {config.architectures}, not known here")
         model = kind(config)
         if config.dtype is not None:
-            model.to(config.dtype)
+            _cast(model, config.dtype, sizes.get("buffers", {}))
         made: Any = model
         if made.can_generate() and (folder / "generation_config.json").is_file():
             made.generation_config = transformers.GenerationConfig.from_pretrained(folder)

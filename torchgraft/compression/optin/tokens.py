@@ -225,7 +225,8 @@ def merge_tokens(
         blocks: of the model.
 
     Raises:
-        ValueError: for numbers that grow, lie below 1, or are not one per block.
+        ValueError: for numbers that grow, lie below 1, or are not one per block; and by the model, when it runs, for
+            more patches than it has.
     """
     found = resolve(model, blocks or find_blocks(model))
     wanted = tuple(int(n) for n in tokens)
@@ -241,6 +242,8 @@ def merge_tokens(
 
         def hook(module: nn.Module, args: tuple[Any, ...], number: int = number) -> tuple[Any, ...]:
             x = args[0]
+            if x.shape[1] - special < number:
+                raise ValueError(f"tokens asks for {number} patches where only {x.shape[1] - special} are left")
             while (surplus := x.shape[1] - special - number) > 0:
                 # at most every second token can go at a time; the class token stays
                 x = _merge(x, min(surplus, (x.shape[1] + 1) // 2 - 1), special)
