@@ -27,7 +27,7 @@ types: $(STAMP)
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --cov --cov-report=term
 
-# Records every technique anew at laptop scale; about half an hour on two cores, needs TORCHGRAFT_DATA.
+# Records every technique anew at laptop scale; about two hours on two cores, needs TORCHGRAFT_DATA.
 evidence: $(STAMP)
 	set -e; for recipe in $$($(BIN)/torchgraft list --json | $(BIN)/python -c 'import json, sys; print(*(c["slug"] for c in json.load(sys.stdin)))'); do \
 	  $(BIN)/torchgraft run $$recipe --record; \
