@@ -115,6 +115,17 @@ def _run(model: nn.Module, batch: Any) -> Any:
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
+def _run_all(model: nn.Module, batches: Sequence[Any], handles: Sequence[Any]) -> None:
+    """Every batch through the model with its hooks on; they go afterwards, also after an exception."""
+    try:
+        with _still(model):
+            for batch in batches:
+                _run(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @contextmanager
 def _still(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, no cache of keys and values; restored at the end."""
@@ -150,13 +161,7 @@ def input_ranges(
         return hook
 
     handles = [module.register_forward_pre_hook(watch(name)) for name, module in modules.items()]
-    try:
-        with _still(model):
-            for batch in batches:
-                _run(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    _run_all(model, batches, handles)
     unseen = [name for name in modules if name not in seen]
     if unseen:
         raise ValueError(
@@ -366,13 +371,7 @@ class _Plan:
                 outputs.setdefault(unit, []).append(first_tensor(output).clone())
 
             handles.append(model.get_submodule(unit).register_forward_hook(hook, with_kwargs=True))
-        try:
-            with _still(model):
-                for batch in batches:
-                    _run(model, batch)
-        finally:
-            for handle in handles:
-                handle.remove()
+        _run_all(model, batches, handles)
         odd = {unit: len(some) for unit, some in calls.items() if len(some) != len(batches)}
         if odd:
             raise ValueError(f"blocks must run once a batch to be learned one by one; calls of {len(batches)}: {odd}")
