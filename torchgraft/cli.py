@@ -179,7 +179,7 @@ class _Bar:
 @app.command()
 def run(
     slug: Annotated[str, typer.Argument(help="A technique, as `torchgraft list` names it.")],
-    scale: Annotated[str, typer.Option(help="smoke, laptop, gpu or paper.")] = "laptop",
+    scale: Annotated[str, typer.Option(help="smoke, laptop, gpu, paper, or what else the recipe has.")] = "laptop",
     seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="name=value, any field of the recipe.")] = None,
     data: Annotated[str | None, typer.Option(help="The data set to measure on.")] = None,

@@ -122,9 +122,11 @@ def test_wrong_searches():
 
 
 def test_measured_numbers_come_from_the_record(tmp_path):
-    block = measured_block(record(), [{"name": "t", "command": "torchgraft bench t", "ours": "ours", "peer": "SDPA",
+    longer = record() | {"command": "torchgraft run toy --scale long"}
+    block = measured_block([record(), longer], [{"name": "t", "command": "torchgraft bench t", "ours": "ours", "peer": "SDPA",
                                        "cases": [{"ratio": 0.5}, {"ratio": 2.0}]}])  # fmt: skip
-    assert "| a | 51 ± 1.414 |" in block
+    assert block.count("| a | 51 ± 1.414 |") == 2
+    assert block.index("`torchgraft run toy`") < block.index("`torchgraft run toy --scale long`")
     assert "| b beats a | 9.5 points | 3.1 … 15.9 | supported | 1 -> 2 |" in block
     assert "from 0.5 to 2 over 2 cases" in block
 
@@ -138,9 +140,11 @@ def test_fill_rewrites_only_what_is_between_the_marks(tmp_path):
     assert not catalog.fill("toy", tmp_path, evidence)
     evidence.mkdir()
     (evidence / "toy.json").write_text(json.dumps(record()))
+    (evidence / "toy-long.json").write_text(json.dumps(record() | {"notes": "Ten seeds."}))
     assert catalog.fill("toy", tmp_path, evidence)
     after = path.read_text()
     assert catalog.measured(catalog.get("toy", tmp_path), evidence) in after
+    assert "Ten seeds." in after
     head, tail = after.split(catalog.BEGIN)
     assert head == before.split(catalog.BEGIN)[0]
     assert tail.split(catalog.END)[1] == before.split(catalog.END)[1]

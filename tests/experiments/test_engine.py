@@ -138,6 +138,10 @@ def test_evidence_is_recorded_from_finished_runs_only(tmp_path):
     assert [path.name for path in stored] == ["toy.json", "toy.svg"]
     assert all(Path(path).exists() for path in stored)
     assert json.loads(stored[0].read_text())["figures"] == ["toy.svg"]
+    longer = Run.prepare("toy", "long", toy_recipe.Config(), tmp_path / "runs", "torchgraft run toy", toy_recipe)
+    longer.execute()
+    assert [path.name for path in store_evidence(longer, tmp_path / "evidence")] == ["toy-long.json", "toy-long.svg"]
+    assert json.loads(stored[0].read_text())["scale"] == "laptop"
     smoke = Run.prepare("toy", "smoke", toy_recipe.Config(seeds=1), tmp_path / "runs", "", toy_recipe)
     smoke.execute()
     with pytest.raises(ValueError, match="smoke"):

@@ -22,7 +22,7 @@ class Config:
     device: str = "cpu"
 
 
-SCALES = {"smoke": Config(seeds=1), "laptop": Config()}
+SCALES = {"smoke": Config(seeds=1), "laptop": Config(), "long": Config()}
 
 
 def arms(config):

@@ -260,9 +260,10 @@ def measured(card: Card, evidence: Path) -> str:
     Raises:
         FileNotFoundError: when a record of the card is missing.
     """
-    record = json.loads((evidence / f"{card.recipe}.json").read_text(encoding="utf-8"))
+    paths = [evidence / f"{card.recipe}.json", *sorted(evidence.glob(f"{card.recipe}-*.json"))]
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     benches = [json.loads((evidence / "bench" / f"{name}.json").read_text(encoding="utf-8")) for name in card.bench]
-    return measured_block(record, benches)
+    return measured_block(records, benches)
 
 
 def fill(slug: str, folder: Path = CARDS, evidence: Path | None = None) -> bool:

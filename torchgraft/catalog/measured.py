@@ -62,8 +62,20 @@ def interval(bounds: Sequence[float] | None) -> str:
     return "none" if bounds is None else f"{show(bounds[0])} … {show(bounds[1])}"
 
 
-def measured_block(record: Mapping[str, Any], benches: Sequence[Mapping[str, Any]] = ()) -> str:
-    """The Markdown of one recorded run and its benches."""
+def measured_block(records: Sequence[Mapping[str, Any]], benches: Sequence[Mapping[str, Any]] = ()) -> str:
+    """The Markdown of the recorded runs of a technique and of its benches."""
+    parts = [part for record in records for part in _run_block(record)]
+    for bench in benches:
+        best, worst = (pick(case["ratio"] for case in bench["cases"]) for pick in (min, max))
+        parts.append(
+            f"`{bench['command']}`: {bench['ours']} against {bench['peer']}, time ratio from {show(best)} to "
+            f"{show(worst)} over {len(bench['cases'])} cases (below 1 is faster); all of them in "
+            f"`evidence/bench/{bench['name']}.json`."
+        )
+    return "\n\n".join(parts)
+
+
+def _run_block(record: Mapping[str, Any]) -> list[str]:
     parts = [f"`{record['command']}`, {record['date']}, torchgraft {record['version']}, data: {record['data']}."]
     for metrics, rows in tables(record):
         parts.append(_table(["arm", *metrics], [[arm, *cells] for arm, cells in rows]))
@@ -73,12 +85,4 @@ def measured_block(record: Mapping[str, Any], benches: Sequence[Mapping[str, Any
             effect = f"{show(claim['estimate'])} {claim['unit']}".strip()
             judged.append([claim["text"], effect, interval(claim["interval"]), claim["verdict"], claim["paper"]])
         parts.append(_table(["claim", "effect", "95 % interval", "verdict", "the paper"], judged))
-    parts.append(record["notes"])
-    for bench in benches:
-        best, worst = (pick(case["ratio"] for case in bench["cases"]) for pick in (min, max))
-        parts.append(
-            f"`{bench['command']}`: {bench['ours']} against {bench['peer']}, time ratio from {show(best)} to "
-            f"{show(worst)} over {len(bench['cases'])} cases (below 1 is faster); all of them in "
-            f"`evidence/bench/{bench['name']}.json`."
-        )
-    return "\n\n".join(parts)
+    return [*parts, record["notes"]]
