@@ -137,7 +137,7 @@ def _built_in() -> Mapping[str, Task]:
     import pandas
 
     draw = random.Random(0)
-    kinds = [draw.choice(["PC ", "A/5 ", "STON/O2. "]) for _ in range(60)]
+    kinds = [draw.choice(["PC ", "A/5 ", "STON/O2. "]) for _ in range(40)]
     frame = pandas.DataFrame({"ticket": [f"{kind}{draw.randint(100, 999)}" for kind in kinds]})
     frame["age"] = [draw.random() * 80 if draw.random() < 0.8 else None for _ in kinds]
     frame["sex"] = [draw.choice(["m", "f"]) for _ in kinds]
@@ -227,13 +227,15 @@ def _forest(config: Config, seed: int, x: Any, y: np.ndarray) -> Any:
 
 
 def _logistic(config: Config, x: Any, y: np.ndarray) -> Any:
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GridSearchCV
+    from sklearn.linear_model import LogisticRegressionCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import MaxAbsScaler
 
-    model = make_pipeline(MaxAbsScaler(), LogisticRegression(solver="liblinear"))
-    return GridSearchCV(model, {"logisticregression__C": list(config.strengths)}, cv=2).fit(x, y)
+    model = LogisticRegressionCV(
+        Cs=list(config.strengths), cv=2, solver="liblinear", scoring="accuracy", l1_ratios=(0.0,),
+        use_legacy_attributes=False,
+    )  # fmt: skip
+    return make_pipeline(MaxAbsScaler(), model).fit(x, y)
 
 
 def _evaluate(config: Config, task: Task, name: str, seed: int) -> Measurement:

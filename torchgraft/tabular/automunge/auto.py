@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, Literal
 
 import numpy as np
@@ -10,17 +13,29 @@ import torch
 from sklearn.base import BaseEstimator, clone
 from sklearn.compose import ColumnTransformer
 from sklearn.ensemble import RandomForestRegressor
+from sklearn.exceptions import NotFittedError
 from sklearn.impute import MissingIndicator, SimpleImputer
 from sklearn.pipeline import FeatureUnion, Pipeline, make_pipeline
-from sklearn.preprocessing import MinMaxScaler, OneHotEncoder, StandardScaler
+from sklearn.preprocessing import FunctionTransformer, MinMaxScaler, OneHotEncoder, StandardScaler
 from torch import Tensor
 
-from torchgraft.tabular.automunge.columns import Column, ColumnEncoder, Table, _column, _values
+from torchgraft.tabular.automunge.columns import (
+    Column,
+    ColumnEncoder,
+    Table,
+    _column,
+    _is_missing,
+    _text,
+    _values,
+    all_series,
+    different,
+)
 from torchgraft.tabular.automunge.overlaps import OverlapKeys, find_overlaps
-from torchgraft.tabular.automunge.trees import FamilyTree
+from torchgraft.tabular.automunge.trees import CATEGORIES, FamilyTree, _known
 
 __all__ = ["TabularTensors", "TabularTorch", "auto_encode"]
 
+NUMBERS = (bool, int, float, Decimal, np.number, np.bool_)
 FEW = 10
 """Text columns with at most so many distinct entries are one-hot encoded."""
 
@@ -37,9 +52,9 @@ def auto_encode(
     """Choose an encoding for every column of a table ("automunge under automation"); the result is not fitted yet.
 
     Numbers and booleans are filled and scaled. Text with at most 10 distinct entries is one-hot encoded (missing is a
-    column of its own, unseen entries are zeros). Other text is composite when at least a tenth of its distinct entries
-    share a sub-string of five characters with another or hold a digit, and gets the family tree ``composite``; the
-    rest gets codes by frequency.
+    column of its own, unseen entries are zeros); columns of a categorical dtype count as text. Other text is composite
+    when at least a tenth of its distinct entries share a sub-string of five characters with another or hold a digit,
+    and gets the family tree ``composite``; the rest gets codes by frequency.
 
     Args:
         df: a pandas or polars frame; only looked at to choose, fit the result on training rows.
@@ -48,11 +63,13 @@ def auto_encode(
         scale: of numbers.
         infill: of missing numbers: the column's mean, its most frequent value, or a model that predicts it from the
             other numeric columns (scikit-learn's IterativeImputer with a random forest).
-        missing_marker: add columns that mark missing entries.
+        missing_marker: add columns that mark missing entries; for numbers, of those columns that have some in training.
 
     Raises:
         TypeError: for what is not a frame, and for columns that are neither numbers nor text, by name.
-        ValueError: for a target that is not there, and for columns without any entry, by name.
+        ValueError: for a target that is not there, for columns without any entry, by name, for column names that are
+            not text or stand twice, and for a table without columns. The encoder raises it for text and infinite values
+            in a column of numbers.
 
     Example:
         >>> import pandas
@@ -64,7 +81,13 @@ def auto_encode(
         raise TypeError(f"df must be a pandas or polars frame, got {type(df).__name__}")
     _one_of("scale", scale, ("z-score", "min-max"))
     _one_of("infill", infill, ("mean", "mode", "model"))
+    _known(composite, CATEGORIES, "composite")
     names = list(df.columns)
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise ValueError(
+            f"columns of df must be named by text, got {wrong}; a ColumnTransformer takes numbers for places"
+        )
+    different(names, "columns of df")
     if target is not None and target not in names:
         raise ValueError(f"target {target!r} is not a column of df; it has {names}")
     chosen: dict[str, list[str]] = {"number": [], "few": [], "composite": [], "many": []}
@@ -73,19 +96,21 @@ def auto_encode(
     for name in names:
         if name == target:
             continue
-        kind = _kind(_values(df[name]), name)
+        kind = _kind(df[name], name)
         if kind in chosen:
             chosen[kind].append(name)
         else:
             (empty if kind == "empty" else unfit).append(name)
     if empty:
         raise ValueError(f"columns {empty} have no entries; drop them, or fill them")
+    if not (empty or unfit or any(chosen.values())):
+        raise ValueError("df has no columns to encode")
     if unfit:
         raise TypeError(f"columns {unfit} are neither numbers nor text; turn dates into numbers or parts first")
-    marked = missing_marker
+    marked, one_hot = missing_marker, OneHotEncoder(handle_unknown="ignore", sparse_output=False)
     parts = [
         ("number", _numbers(scale, infill, marked), chosen["number"]),
-        ("few", OneHotEncoder(handle_unknown="ignore", sparse_output=False), chosen["few"]),
+        ("few", make_pipeline(_converter(_to_text), one_hot), chosen["few"]),
         ("composite", FamilyTree(composite, missing_marker=marked), chosen["composite"]),
         ("many", FamilyTree("ord3", missing_marker=marked), chosen["many"]),
     ]
@@ -99,14 +124,16 @@ def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def _kind(values: list[Any], name: str) -> str:
+def _kind(series: Any, name: str) -> str:
+    values = _values(series)
     column: Column = _column(name, values)
     if not column.entries:
         return "empty"
     known = [value for value, code in zip(values, column.codes.tolist(), strict=True) if code >= 0]
-    if all(isinstance(value, (bool, int, float, np.number, np.bool_)) for value in known):
+    categorical = str(series.dtype).lower().startswith(("categor", "enum"))
+    if not categorical and all(isinstance(value, NUMBERS) for value in known):
         return "number"
-    if not all(isinstance(value, (str, bool, int, float, np.number, np.bool_)) for value in known):
+    if not all(isinstance(value, (str, *NUMBERS)) for value in known):
         return "unfit"
     distinct = len(column.entries)
     if distinct <= FEW:
@@ -115,6 +142,38 @@ def _kind(values: list[Any], name: str) -> str:
     keys = OverlapKeys(find_overlaps(column.entries))
     sharing = sum(bool(keys.numbers(entry)) for entry in column.entries)
     return "composite" if 10 * max(digits, sharing) >= distinct else "many"
+
+
+def _to_text(X: Any) -> np.ndarray:
+    """Entries as text, NaN where missing; a frame of any kind looks the same after it."""
+    return _converted(X, _text, object)
+
+
+def _to_numbers(X: Any) -> np.ndarray:
+    """Numbers and booleans of any dtype as float64, NaN where missing."""
+    return _converted(X, _finite, float)
+
+
+def _finite(value: Any, column: str) -> float:
+    if not isinstance(value, NUMBERS) or _infinite(value):
+        raise ValueError(f"column {column!r} must hold finite numbers, as when it was chosen; got {value!r}")
+    return float(value)
+
+
+def _infinite(value: Any) -> bool:
+    return isinstance(value, NUMBERS) and math.isinf(value)
+
+
+def _converted(X: Any, convert: Callable[[Any, str], Any], dtype: type) -> np.ndarray:
+    columns = [
+        [np.nan if _is_missing(value) and not _infinite(value) else convert(value, name) for value in _values(series)]
+        for name, series in zip(X.columns, all_series(X), strict=True)
+    ]
+    return np.array(columns, dtype=dtype).T
+
+
+def _converter(function: Callable[[Any], np.ndarray]) -> FunctionTransformer:
+    return FunctionTransformer(function, feature_names_out="one-to-one")
 
 
 def _numbers(scale: str, infill: str, marked: bool) -> BaseEstimator:
@@ -126,11 +185,14 @@ def _numbers(scale: str, infill: str, marked: bool) -> BaseEstimator:
         imputer = IterativeImputer(forest, max_iter=3, tol=0.1, random_state=0)
     else:
         imputer = SimpleImputer(strategy="mean" if infill == "mean" else "most_frequent")
-    filled = make_pipeline(imputer, StandardScaler() if scale == "z-score" else MinMaxScaler())
+    scaler = StandardScaler() if scale == "z-score" else MinMaxScaler()
     if not marked:
-        return filled
+        return make_pipeline(_converter(_to_numbers), imputer, scaler)
     marker = MissingIndicator(features="missing-only", error_on_new=False)
-    return FeatureUnion([("filled", filled), ("marker", marker)], verbose_feature_names_out=False)
+    both = FeatureUnion(
+        [("filled", make_pipeline(imputer, scaler)), ("marker", marker)], verbose_feature_names_out=False
+    )
+    return make_pipeline(_converter(_to_numbers), both)
 
 
 @dataclass(frozen=True)
@@ -155,11 +217,12 @@ class TabularTorch:
     """Splits what an encoder makes into codes for ``nn.Embedding`` and numbers for ``nn.Linear``.
 
     Args:
-        encoder: an encoding of this module, a ``ColumnTransformer`` of them (``auto_encode``), or a pipeline that ends
-            in one. Columns of other scikit-learn transformers count as numbers.
+        encoder: an encoding of this module, a ``ColumnTransformer`` (``auto_encode``) or ``FeatureUnion`` of them, or a
+            pipeline that ends in one. Columns of other scikit-learn transformers count as numbers.
 
     Raises:
         ValueError: for an encoder that leaves text.
+        NotFittedError: for ``transform`` before ``fit``.
 
     Example:
         >>> torch_rows = TabularTorch(FamilyTree("or19")).fit([["PC 17599"], ["A/5 21171"], [None]])
@@ -181,6 +244,8 @@ class TabularTorch:
 
     def transform(self, X: Table) -> TabularTensors:
         """Encode rows; every code is below its cardinality."""
+        if not hasattr(self, "encoder_"):
+            raise NotFittedError("this TabularTorch is not fitted yet; call fit with training rows first")
         table = self.encoder_.transform(X)
         table = table.toarray() if hasattr(table, "toarray") else np.asarray(table)
         is_code = np.array([kind == "code" for kind, _ in self.kinds_])
@@ -198,6 +263,8 @@ def _kinds(encoder: Any) -> list[tuple[str, int]]:
         return encoder.column_kinds()
     if isinstance(encoder, Pipeline):
         return _kinds(encoder.steps[-1][1])
+    if isinstance(encoder, FeatureUnion):
+        return [kind for _, part in encoder.transformer_list if part != "drop" for kind in _kinds(part)]
     if isinstance(encoder, ColumnTransformer):
         kinds: dict[int, tuple[str, int]] = {}
         for name, part, _ in encoder.transformers_:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import numpy as np
+import sklearn
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
-__all__ = ["Column", "ColumnEncoder", "Table", "binary_digits", "binary_numbers", "read_columns"]
+__all__ = ["Column", "ColumnEncoder", "Table", "TableEncoder", "binary_digits", "binary_numbers", "read_columns"]
 
 Table = Any
 """A pandas or polars frame, a 2-D array, or a list of rows."""
 
 NOT_TEXT = (bytes, bytearray, list, tuple, dict, set, frozenset, np.ndarray)
+WIDE = 200
+"""Above so many output columns 0/1 encodings come as a sparse matrix, unless asked otherwise."""
+ROWS_AT_ONCE = 1000
+"""Sparse rows are made dense so many at a time when they are inverted."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +63,16 @@ class Column:
 def _is_missing(value: Any) -> bool:
     if value is None or type(value).__name__ in ("NAType", "NaTType"):
         return True
-    return isinstance(value, (float, np.floating, np.datetime64, np.timedelta64)) and bool(value != value)
+    if isinstance(value, (float, np.floating, Decimal)):
+        return not math.isfinite(value)
+    return isinstance(value, (np.datetime64, np.timedelta64)) and bool(value != value)
 
 
 def _text(value: Any, column: str) -> str:
-    if isinstance(value, NOT_TEXT):
+    # what has no text of its own would be coded by its address in memory
+    kind: Any = type(value)
+    addressed = kind.__str__ is object.__str__ and kind.__repr__ is object.__repr__
+    if isinstance(value, NOT_TEXT) or addressed:
         raise TypeError(
             f"column {column!r} holds {value!r} of type {type(value).__name__}; entries must be text, numbers, "
             "booleans, dates or missing. Decode bytes, and spread lists over columns of their own"
@@ -87,9 +100,18 @@ def _column(name: str, values: Iterable[Any], missing_word: str | None = None) -
 
 def _values(series: Any) -> list[Any]:
     """Python values of a pandas or polars series; what str() gives of them must not depend on the precision."""
-    if hasattr(series, "to_list") and str(series.dtype).lower() not in ("float32", "float16"):
-        return series.to_list()
-    return list(series.to_numpy())
+    if hasattr(series, "cat") and hasattr(series.cat, "codes"):
+        known = [*_values(series.cat.categories.to_series()), None]
+        return [known[code] for code in series.cat.codes.tolist()]
+    kind = str(series.dtype).lower()
+    if kind in ("float[pyarrow]", "halffloat[pyarrow]"):
+        return list(series.to_numpy("float32" if kind == "float[pyarrow]" else "float16", na_value=np.nan))
+    return list(series.to_numpy()) if kind in ("float32", "float16") else series.to_list()
+
+
+def all_series(frame: Any) -> list[Any]:
+    """The columns of a pandas or polars frame, in order, also where two have one name."""
+    return [frame.iloc[:, i] if hasattr(frame, "iloc") else frame.to_series(i) for i in range(frame.shape[1])]
 
 
 def read_columns(estimator: BaseEstimator, X: Table, *, reset: bool) -> list[Column]:
@@ -99,6 +121,8 @@ def read_columns(estimator: BaseEstimator, X: Table, *, reset: bool) -> list[Col
         ValueError: for what is not a table with rows and columns, columns other than in ``fit``, equal names.
         TypeError: for bytes and containers in a cell, naming the column.
     """
+    if hasattr(X, "collect"):
+        raise TypeError(f"X must be a table in memory, got {type(X).__name__}; call its collect() first")
     if hasattr(X, "columns") and len(getattr(X, "shape", ())) == 2:
         validate_data(estimator, X, reset=reset, skip_check_array=True)
         rows, width = X.shape
@@ -106,11 +130,11 @@ def read_columns(estimator: BaseEstimator, X: Table, *, reset: bool) -> list[Col
             what = "sample(s)" if not rows else "feature(s)"
             raise ValueError(f"Found array with 0 {what} (shape={X.shape}) while a minimum of 1 is required.")
         names = [str(name) for name in X.columns]
-        if len(set(names)) < len(names):
-            twice = [name for name, n in Counter(names).items() if n > 1]
-            raise ValueError(f"columns of X must have different names, got {twice} more than once; rename them")
-        series = (X.iloc[:, i] if hasattr(X, "iloc") else X.to_series(i) for i in range(width))
-        return [_column(name, _values(one)) for name, one in zip(names, series, strict=True)]
+        different(names, "columns of X")
+        return _columns(estimator, names, map(_values, all_series(X)), reset)
+    if isinstance(X, np.ma.MaskedArray):
+        gaps, X = np.ma.getmaskarray(X), X.data.astype(object)
+        X[gaps] = None
     if not hasattr(X, "dtype") and not hasattr(X, "__array__") and not hasattr(X, "__array_interface__"):
         # numpy would turn a missing value among strings into the word nan
         X = np.array(X, dtype=object)
@@ -119,7 +143,35 @@ def read_columns(estimator: BaseEstimator, X: Table, *, reset: bool) -> list[Col
     exact = checked.dtype == object or checked.dtype.kind in "biuU" or checked.dtype == np.float64
     if checked.dtype.kind == "S":
         _text(bytes(checked.flat[0]), names[0])
-    return [_column(name, checked[:, i].tolist() if exact else list(checked[:, i])) for i, name in enumerate(names)]
+    values = (checked[:, i].tolist() if exact else list(checked[:, i]) for i in range(len(names)))
+    return _columns(estimator, names, values, reset)
+
+
+def _columns(estimator: Any, names: list[str], columns: Iterable[list[Any]], reset: bool) -> list[Column]:
+    values = list(columns)
+    if reset:
+        estimator._number_types = [_number_type(column) for column in values]
+    else:
+        values = [_as_numbers(column, kind) for column, kind in zip(values, estimator._number_types, strict=True)]
+    return [_column(name, column) for name, column in zip(names, values, strict=True)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+def _number_type(values: Iterable[Any]) -> type | None:
+    """int where all numbers among the values are whole, float where none is; None for both kinds, or no numbers."""
+    kinds = {isinstance(v, (int, np.integer)) for v in values if type(v) is not str and _is_number(v) and v == v}
+    return None if len(kinds) != 1 else int if kinds.pop() else float
+
+
+def _as_numbers(values: list[Any], kind: type | None) -> list[Any]:
+    if kind is None:
+        return values
+    return [
+        kind(v) if type(v) is not str and _is_number(v) and math.isfinite(v) and v == kind(v) else v for v in values
+    ]
 
 
 def binary_digits(numbers: np.ndarray, width: int) -> np.ndarray:
@@ -132,7 +184,24 @@ def binary_numbers(digits: np.ndarray) -> np.ndarray:
     return digits.astype(np.int64) @ (1 << np.arange(digits.shape[-1] - 1, -1, -1))
 
 
-class ColumnEncoder(TransformerMixin, BaseEstimator):
+class TableEncoder(TransformerMixin, BaseEstimator):
+    """What every encoding of this module is to scikit-learn: it takes tables of text with gaps."""
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.string = tags.input_tags.categorical = tags.input_tags.allow_nan = True
+        tags.transformer_tags.preserves_dtype = []
+        return tags
+
+    def _sparse(self, kinds: Sequence[tuple[str, int]]) -> bool:
+        """Whether ``transform`` gives a sparse matrix: as ``sparse_output`` says, else for many columns of 0/1."""
+        if self.sparse_output != "auto":
+            return bool(self.sparse_output)
+        wanted = getattr(self, "_sklearn_output_config", {}).get("transform", sklearn.get_config()["transform_output"])
+        return wanted == "default" and sum(kind == "flag" for kind, _ in kinds) > WIDE
+
+
+class ColumnEncoder(TableEncoder):
     """An encoding that is learned for every column by itself, and depends on nothing but the entry.
 
     Work is done once per distinct entry and spread over the rows. A subclass says what it learns from a column
@@ -140,7 +209,10 @@ class ColumnEncoder(TransformerMixin, BaseEstimator):
     what its output columns are called (``_names``).
 
     Every encoding takes pandas and polars frames, arrays and lists of rows; anything that is not text is taken as what
-    ``str()`` makes of it, ``1.3`` as ``"1.3"``. Missing are ``None``, NaN, ``pandas.NA`` and ``NaT``.
+    ``str()`` makes of it, ``1.3`` as ``"1.3"``. Where all numbers of a training column were whole, or none of them was,
+    numbers to transform are brought to that first, so that a gap, which makes floats of pandas' whole numbers, does not
+    turn ``1`` into the unseen ``1.0``. Missing are ``None``, NaN, infinite numbers, ``pandas.NA``, ``NaT``, and the
+    masked cells of a numpy array.
     """
 
     missing: str
@@ -182,6 +254,24 @@ class ColumnEncoder(TransformerMixin, BaseEstimator):
         """Output columns (rows, k) of one column."""
         column = self._seen(column)
         return self._encode(state, column.entries)[column.codes]
+
+    def _ones(self, state: Any, entries: Sequence[Any]) -> list[tuple[int, ...]] | None:
+        """For encodings in 0/1 columns: numbers of the columns that hold a 1, per entry and for a missing one."""
+        return None
+
+    def sparse_column(self, state: Any, column: Column) -> Any:
+        """Output columns as a sparse matrix, never dense on the way where 0/1 columns may be many."""
+        from scipy import sparse
+
+        column = self._seen(column)
+        rows = self._ones(state, column.entries)
+        if rows is None:
+            return sparse.csr_matrix(self._encode(state, column.entries)[column.codes])
+        ends = np.cumsum([0, *map(len, rows)])
+        numbers = np.array([number for row in rows for number in row], np.int64)
+        shape = (len(rows), len(self._kinds(state)))
+        table = sparse.csr_matrix((np.ones(len(numbers), np.int8), numbers, ends), shape=shape)
+        return table[np.where(column.codes < 0, len(rows) - 1, column.codes)]
 
     def fit(self, X: Table, y: Any = None) -> ColumnEncoder:
         """Learn the encoding of every column of X; ``y`` is not looked at."""
@@ -230,30 +320,60 @@ class ColumnEncoder(TransformerMixin, BaseEstimator):
     def _invert(self, X: Table) -> np.ndarray:
         """Entries (rows, input columns), each from its own block of output columns."""
         check_is_fitted(self, "states_")
-        X = X.to_numpy() if hasattr(X, "to_numpy") else X.toarray() if hasattr(X, "toarray") else np.asarray(X)
-        X = check_array(X, dtype=None, ensure_all_finite=False, ensure_min_features=0)
         widths = [len(self._names(state, "")) for state in self.states_]
-        if X.shape[1] != sum(widths):
-            raise ValueError(f"X must have the {sum(widths)} columns that transform gives, got {X.shape[1]}")
-        ends = np.cumsum(widths)
-        blocks = [X[:, end - width : end] for end, width in zip(ends, widths, strict=True)]
-        out = np.empty((len(X), len(blocks)), dtype=object)
-        for i, (state, block) in enumerate(zip(self.states_, blocks, strict=True)):
-            out[:, i] = self._decode(state, block)
-        return out
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.input_tags.string = tags.input_tags.categorical = tags.input_tags.allow_nan = True
-        tags.transformer_tags.preserves_dtype = []
-        return tags
+        decoders = [(0, width, partial(self._decode, state)) for state, width in zip(self.states_, widths, strict=True)]
+        return invert_blocks(X, self.get_feature_names_out().tolist(), widths, decoders)
 
 
-def different(names: Sequence[str]) -> None:
-    """Raise ValueError where two output columns would have the same name."""
+def invert_blocks(
+    X: Table, names: list[str], widths: Sequence[int], decoders: Sequence[tuple[int, int, Callable[[np.ndarray], Any]]]
+) -> np.ndarray:
+    """Entries (rows, input columns): each from the part ``(place, width)`` of its block that a decoder reads."""
+    columns = [str(name) for name in getattr(X, "columns", names)]
+    if columns != names and sorted(columns) == sorted(names):
+        X = X[names]
+    X = X.to_numpy() if hasattr(X, "to_numpy") else X
+    X = check_array(X, accept_sparse="csr", dtype=None, ensure_all_finite=False, ensure_min_features=0)
+    if X.shape[1] != sum(widths):
+        raise ValueError(f"X must have the {sum(widths)} columns that transform gives, got {X.shape[1]}")
+    out = np.empty((X.shape[0], len(widths)), dtype=object)
+    starts = np.cumsum([0, *widths[:-1]])
+    for i, (start, (place, width, decode)) in enumerate(zip(starts, decoders, strict=True)):
+        for row in range(0, len(out), ROWS_AT_ONCE):
+            block = X[row : row + ROWS_AT_ONCE, start + place : start + place + width]
+            out[row : row + ROWS_AT_ONCE, i] = decode(block.toarray() if hasattr(block, "toarray") else block)
+    return out
+
+
+def whole_numbers(block: np.ndarray) -> np.ndarray:
+    """Codes as int64; ValueError for what ``transform`` cannot have given."""
+    values = np.asarray(block, float)
+    if not np.isfinite(values).all() or (values != np.round(values)).any():
+        raise ValueError("X must hold the whole numbers that transform gives")
+    return values.astype(np.int64)
+
+
+def dense_flags(rows: Sequence[tuple[int, ...]], width: int) -> np.ndarray:
+    """0/1 columns, int8 of shape (rows, width), from the numbers of those that hold a 1."""
+    table = np.zeros((len(rows), width), np.int8)
+    for row, active in zip(table, rows, strict=True):
+        row[list(active)] = 1
+    return table
+
+
+def flags(block: np.ndarray) -> np.ndarray:
+    """0/1 columns as int64; ValueError for anything else."""
+    values = np.asarray(block, float)
+    if not np.isin(values, (0, 1)).all():
+        raise ValueError("X must hold the zeros and ones that transform gives")
+    return values.astype(np.int64)
+
+
+def different(names: Sequence[str], what: str = "output columns") -> None:
+    """Raise ValueError where two columns have the same name."""
     twice = [name for name, n in Counter(names).items() if n > 1]
     if twice:
-        raise ValueError(f"output columns must have different names, got {twice} twice; rename the input columns")
+        raise ValueError(f"{what} must have different names, got {twice} more than once; rename the input columns")
 
 
 def feature_names_in(estimator: Any, given: Iterable[str] | None) -> list[str]:

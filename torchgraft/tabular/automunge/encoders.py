@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import sklearn
 
-from torchgraft.tabular.automunge.columns import Column, ColumnEncoder, Table, binary_digits, binary_numbers
+from torchgraft.tabular.automunge.columns import (
+    Column,
+    ColumnEncoder,
+    Table,
+    binary_digits,
+    binary_numbers,
+    dense_flags,
+    flags,
+    whole_numbers,
+)
 from torchgraft.tabular.automunge.overlaps import OverlapKeys, find_overlaps, find_whole_overlaps, longest
 
 __all__ = [
@@ -26,12 +34,12 @@ __all__ = [
 ]
 
 Missing = Literal["ignore", "nan"]
-WIDE = 200
-"""Above so many output columns a 0/1 encoding comes as a sparse matrix, unless asked otherwise."""
+NO_KEY = "0"
+"""What entries without a key are consolidated into, as in the official code."""
 
 
 def _choice(name: str, value: object, allowed: Sequence[object]) -> None:
-    if value not in allowed:
+    if not isinstance(value, Hashable) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
@@ -57,11 +65,15 @@ def _codes(numbers: dict[str, int], entries: Sequence[Any]) -> np.ndarray:
     return np.array([*codes, 0], np.int64)[:, None]
 
 
-def _whole_numbers(block: np.ndarray) -> list[int]:
-    values = np.asarray(block, float)
-    if not np.isfinite(values).all() or (values != np.round(values)).any():
-        raise ValueError("X must hold the whole numbers that transform gives")
-    return values.ravel().astype(np.int64).tolist()
+def _at_least(name: str, value: object, least: int) -> None:
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if value is not None and (not whole or value < least):  # type: ignore[operator]
+        raise ValueError(f"{name} must be a whole number from {least}, or None, got {value!r}")
+
+
+def _from_codes(numbers: dict[str, int], block: np.ndarray) -> list[str | None]:
+    names = {code: name for name, code in numbers.items()}
+    return [names.get(code) for code in whole_numbers(block).ravel().tolist()]
 
 
 @dataclass(frozen=True)
@@ -94,6 +106,9 @@ class StringOverlapEncoder(ColumnEncoder):
         missing: ``ignore``, or ``nan`` to treat missing as the word nan, which is what the official code does.
         sparse_output: for ``onehot``: True, False, or ``auto``, sparse above 200 columns unless ``set_output`` wants a
             frame.
+
+    The official code calls ``unseen`` test_same_as_train, ``punctuation`` space_and_punctuation, and ``feature_names``
+    int_headers.
 
     0/1 columns are int8, codes int64, ``replace`` gives objects. Column names are those of the official code,
     ``ticket_splt_PC 17``.
@@ -134,11 +149,10 @@ class StringOverlapEncoder(ColumnEncoder):
         _choice("unseen", self.unseen, ("parse", "ignore"))
         _choice("feature_names", self.feature_names, ("text", "int"))
         _choice("sparse_output", self.sparse_output, (True, False, "auto"))
-        for name, value in (("minsplit", self.minsplit), ("max_keys", self.max_keys)):
-            if value is not None and (not isinstance(value, (int, np.integer)) or value < 1):
-                raise ValueError(f"{name} must be a whole number from 1, or None, got {value!r}")
-        if any(not isinstance(c, str) or len(c) != 1 for c in self.excluded):
-            raise ValueError(f"excluded must be single characters, got {list(self.excluded)!r}")
+        _at_least("minsplit", self.minsplit, 1)
+        _at_least("max_keys", self.max_keys, 1)
+        if not isinstance(self.excluded, Iterable) or any(not isinstance(c, str) or len(c) != 1 for c in self.excluded):
+            raise ValueError(f"excluded must be single characters, got {self.excluded!r}")
         if self.consolidate and self.output in ("onehot", "binary"):
             raise ValueError(f"consolidate belongs to output='replace' or 'ordinal', got output={self.output!r}")
 
@@ -201,7 +215,7 @@ class StringOverlapEncoder(ColumnEncoder):
         for entry in map(str, entries):
             ignored = state.seen is not None and entry not in state.seen
             key = None if ignored else state.keys.longest(entry)
-            out.append(key if key is not None else "0" if self.consolidate else entry)
+            out.append(key if key is not None else NO_KEY if self.consolidate else entry)
         return out
 
     def _encode(self, state: _Overlaps, entries: Sequence[Any]) -> np.ndarray:
@@ -211,10 +225,7 @@ class StringOverlapEncoder(ColumnEncoder):
             return _codes(state.ordinal, self._replaced(state, entries))
         rows = self._active(state, entries)
         if self.output == "onehot":
-            table = np.zeros((len(rows), len(state.keys.keys)), np.int8)
-            for row, active in zip(table, rows, strict=True):
-                row[list(active)] = 1
-            return table
+            return dense_flags(rows, len(state.keys.keys))
         unknown = len(state.combinations)
         numbers = np.array([state.combinations.get(row, unknown) for row in rows])
         return binary_digits(numbers, self._width(state))
@@ -243,49 +254,36 @@ class StringOverlapEncoder(ColumnEncoder):
         """Keys of each column, in order of discovery."""
         return [list(state.keys.keys) for state in self.states_]
 
+    def _ones(self, state: _Overlaps, entries: Sequence[Any]) -> list[tuple[int, ...]] | None:
+        return self._active(state, entries) if self.output == "onehot" else None
+
     def _transform(self, columns: list[Column]) -> Any:
-        if self.output != "onehot" or not self._sparse(sum(len(state.keys.keys) for state in self.states_)):
+        if self.output != "onehot" or not self._sparse(self.column_kinds()):
             return super()._transform(columns)
         from scipy import sparse
 
-        blocks = [self._sparse_block(s, self._seen(c)) for s, c in zip(self.states_, columns, strict=True)]
+        blocks = [self.sparse_column(s, c) for s, c in zip(self.states_, columns, strict=True)]
         return sparse.hstack(blocks, format="csr")
-
-    def _sparse_block(self, state: _Overlaps, column: Column) -> Any:
-        """Activations of one column, never dense: 10,000 entries may share as many keys."""
-        from scipy import sparse
-
-        rows = self._active(state, column.entries)
-        ends = np.cumsum([0, *map(len, rows)])
-        numbers = np.array([number for row in rows for number in row], np.int64)
-        shape = (len(rows), len(state.keys.keys))
-        table = sparse.csr_matrix((np.ones(len(numbers), np.int8), numbers, ends), shape=shape)
-        return table[np.where(column.codes < 0, len(rows) - 1, column.codes)]
-
-    def _sparse(self, width: int) -> bool:
-        if self.sparse_output != "auto":
-            return bool(self.sparse_output)
-        wanted = getattr(self, "_sklearn_output_config", {}).get("transform", sklearn.get_config()["transform_output"])
-        return width > WIDE and wanted == "default"
 
     def _decode(self, state: _Overlaps, block: np.ndarray) -> list[str | None]:
         keys = state.keys.keys
-        if self.output == "replace":
-            return block[:, 0].tolist()
-        if self.output == "ordinal":
-            names = {code: name for name, code in state.ordinal.items()}
-            return [names.get(code) for code in _whole_numbers(block)]
+        if self.output in ("replace", "ordinal"):
+            told = block[:, 0].tolist() if self.output == "replace" else _from_codes(state.ordinal, block)
+            without = self.consolidate and NO_KEY not in keys
+            return [None if without and entry == NO_KEY else entry for entry in told]
         if self.output == "binary":
             combinations = [*state.combinations, ()]
-            rows = [combinations[min(n, len(combinations) - 1)] for n in binary_numbers(block).tolist()]
+            numbers = binary_numbers(flags(block)).tolist()
+            rows = [combinations[min(number, len(combinations) - 1)] for number in numbers]
         else:
-            rows = [tuple(np.flatnonzero(row).tolist()) for row in block]
+            rows = [tuple(np.flatnonzero(row).tolist()) for row in flags(block)]
         return [longest(keys[number] for number in row) for row in rows]
 
     def inverse_transform(self, X: Table) -> np.ndarray:
         """What can be told of the entries: the longest active key, objects of shape (rows, input columns).
 
-        None where no key is active, the combination or code is that of unseen entries, or the entry was missing.
+        None where no key is active, the combination or code is that of unseen entries, or the entry was missing. From
+        ``replace`` and ``ordinal`` without ``consolidate``, entries without a key come back as they were.
         """
         return self._invert(X)
 
@@ -325,8 +323,10 @@ class SubstringSearchEncoder(ColumnEncoder):
         super()._check()
         _choice("output", self.output, ("onehot", "ordinal"))
         _choice("unseen", self.unseen, ("parse", "ignore"))
-        if isinstance(self.search, str) or not self.search:
+        if isinstance(self.search, str) or not isinstance(self.search, Sequence) or not self.search:
             raise ValueError(f"search must be a list of one or more terms, got {self.search!r}")
+        if any(not isinstance(group, (str, list, tuple)) for group in self.search):
+            raise ValueError(f"search must hold text, or lists of text, got {self.search!r}")
         terms = [term for group in self._groups() for term in group]
         if any(not isinstance(term, str) or not term for term in terms) or not all(self._groups()):
             raise ValueError(f"search must hold text that is not empty, got {self.search!r}")
@@ -335,6 +335,10 @@ class SubstringSearchEncoder(ColumnEncoder):
 
     def _groups(self) -> list[list[str]]:
         return [[group] if isinstance(group, str) else list(group) for group in self.search]
+
+    def _fold(self, text: str) -> str:
+        # upper case, as there: ß and SS are one then, in lower case they are not
+        return text if self.case else text.upper()
 
     def _suffix(self) -> str:
         return "src4" if self.output == "ordinal" else "srch"
@@ -346,11 +350,8 @@ class SubstringSearchEncoder(ColumnEncoder):
         return frozenset(map(str, column.entries)) if self.unseen == "ignore" else None
 
     def _encode(self, state: frozenset[str] | None, entries: Sequence[Any]) -> np.ndarray:
-        def fold(text: str) -> str:
-            return text if self.case else text.lower()
-
-        groups = [[fold(term) for term in group] for group in self._groups()]
-        rows = ["" if state is not None and str(e) not in state else fold(str(e)) for e in entries]
+        groups = [[self._fold(term) for term in group] for group in self._groups()]
+        rows = ["" if state is not None and str(e) not in state else self._fold(str(e)) for e in entries]
         table = np.array([[any(t in row for t in group) for group in groups] for row in [*rows, ""]], np.int8)
         if self.output == "onehot":
             return table
@@ -368,8 +369,8 @@ class SubstringSearchEncoder(ColumnEncoder):
         names = [group[-1] for group in self._groups()]
         if self.output == "ordinal":
             by_code = dict(zip(self._codes(), names, strict=True))
-            return [by_code.get(code) for code in _whole_numbers(block)]
-        return [names[np.flatnonzero(row)[-1]] if row.any() else None for row in block]
+            return [by_code.get(code) for code in whole_numbers(block).ravel().tolist()]
+        return [names[np.flatnonzero(row)[-1]] if row.any() else None for row in flags(block)]
 
     def inverse_transform(self, X: Table) -> np.ndarray:
         """The term that a row matched, the last where several, None where none; the rest of the entry is lost."""
@@ -413,8 +414,7 @@ class TextExtractor(ColumnEncoder):
         return [("text", 0)] if self.output == "text" else [("code", len(state) + 1)]
 
     def _decode(self, state: dict[str, int], block: np.ndarray) -> list[str | None]:
-        names = {code: name for name, code in state.items()}
-        return block[:, 0].tolist() if self.output == "text" else [names.get(c) for c in _whole_numbers(block)]
+        return block[:, 0].tolist() if self.output == "text" else _from_codes(state, block)
 
     def inverse_transform(self, X: Table) -> np.ndarray:
         """The part that was kept; the rest of the entry is lost."""
@@ -452,6 +452,9 @@ class UpperCase(ColumnEncoder):
     def _kinds(self, state: Any) -> list[tuple[str, int]]:
         return [("text", 0)]
 
+    def _decode(self, state: None, block: np.ndarray) -> list[str | None]:
+        return block[:, 0].tolist()
+
 
 class EntryMerger(ColumnEncoder):
     """Each of several listed groups of entries becomes one entry, the group's last (aggt of the paper).
@@ -473,7 +476,8 @@ class EntryMerger(ColumnEncoder):
         self.groups = groups
 
     def _check(self) -> None:
-        if isinstance(self.groups, str) or any(isinstance(g, str) or not len(g) for g in self.groups):
+        outer = isinstance(self.groups, Sequence) and not isinstance(self.groups, str)
+        if not outer or any(not isinstance(group, (list, tuple)) or not group for group in self.groups):
             raise ValueError(f"groups must be a list of lists of entries, got {self.groups!r}")
         members = [str(entry) for group in self.groups for entry in group]
         if len(set(members)) < len(members):
@@ -529,8 +533,7 @@ class FrequencyOrdinal(ColumnEncoder):
         return [("code", len(state) + 1)]
 
     def _decode(self, state: dict[str, int], block: np.ndarray) -> list[str | None]:
-        names = {code: name for name, code in state.items()}
-        return [names.get(code) for code in _whole_numbers(block)]
+        return _from_codes(state, block)
 
     def inverse_transform(self, X: Table) -> np.ndarray:
         """Entries, exactly; None for code 0 and codes that are not known."""
@@ -576,9 +579,7 @@ class BinaryCode(ColumnEncoder):
         return [("flag", 2)] * self._width(state)
 
     def _decode(self, state: dict[str, int], block: np.ndarray) -> list[str | None]:
-        names = {code: name for name, code in state.items()}
-        digits = np.array(_whole_numbers(block)).reshape(np.shape(block))
-        return [names.get(number) for number in binary_numbers(digits).tolist()]
+        return _from_codes(state, binary_numbers(flags(block)))
 
     def inverse_transform(self, X: Table) -> np.ndarray:
         """Entries, exactly; None for zeros and numbers that are not known."""
@@ -633,8 +634,7 @@ class WordHasher(ColumnEncoder):
         super()._check()
         _choice("alg", self.alg, ("md5", "sha256"))
         _choice("output", self.output, ("code", "binary"))
-        if self.vocab is not None and (not isinstance(self.vocab, (int, np.integer)) or self.vocab < 2):
-            raise ValueError(f"vocab must be a whole number from 2, or None, got {self.vocab!r}")
+        _at_least("vocab", self.vocab, 2)
         if self.output == "binary" and self.words:
             raise ValueError("output='binary' codes whole entries; give words=False")
 

@@ -25,7 +25,14 @@ LONGEST = 400
 _PARTS = {
     "numbers": (re.compile(r"[.+\-_eE]*\d[\d.+\-_eE]*"), re.compile(r"\s")),
     "commas": (re.compile(r"[.,+\-_eE]*\d[\d.,+\-_eE]*"), re.compile(r"[\s,]")),
-    "eu": (re.compile(r"[ .,+\-_eE]*\d[\d .,+\-_eE]*"), re.compile(r"\s")),
+    "eu": (re.compile(r"[ .,+\-_eE]*\d[\d .,+\-_eE]*"), re.compile(r"[\s.]")),
+}
+
+# how far a number that begins at a place can reach at most: a sign, a decimal point and an exponent come once
+_REACH = {
+    "numbers": re.compile(r"\s*[+-]?[\d_]*\.?[\d_]*(?:[eE][+-]?[\d_]*)?\s*"),
+    "commas": re.compile(r"[\s,]*[+-]?[\d_,]*\.?[\d_,]*(?:[eE],*[+-]?[\d_,]*)?[\s,]*"),
+    "eu": re.compile(r"[\s.]*[+-]?[\d_ .]*,?[\d_ .]*(?:[eE][ .]*[+-]?[\d_ .]*)?[\s.]*"),
 }
 
 
@@ -45,6 +52,11 @@ def _read(text: str, convention: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def _finite_reach(text: str, start: int, most: int) -> int:
+    """A row of so many digits is infinite as a whole."""
+    return DIGITS if most > DIGITS and text[start : start + most].isdecimal() and int(text[start]) else most
+
+
 def find_number(text: str, convention: Convention = "numbers") -> float | None:
     """The longest part of a text that reads as a finite number, the leftmost where several are; None without one.
 
@@ -57,7 +69,7 @@ def find_number(text: str, convention: Convention = "numbers") -> float | None:
         (3456.0, 1234.5, 3000.0)
     """
     best, length = None, 0
-    part, around = _PARTS[convention]
+    part, around, reach = *_PARTS[convention], _REACH[convention]
     for core in part.finditer(text):
         first, last = core.span()
         while first > 0 and core.start() - first < LONGEST and around.match(text[first - 1]):
@@ -65,8 +77,15 @@ def find_number(text: str, convention: Convention = "numbers") -> float | None:
         while last < len(text) and last - core.end() < LONGEST and around.match(text[last]):
             last += 1
         piece = text[first:last]
-        for size in range(min(len(piece), LONGEST), length, -1):
-            for start in range(len(piece) - size + 1):
+        matches = (reach.match(piece, start) for start in range(len(piece)))
+        reaches = [min(match.end() - match.start(), LONGEST) for match in matches if match]
+        if max(reaches) > DIGITS:
+            reaches = [_finite_reach(piece, start, most) for start, most in enumerate(reaches)]
+        starts = [start for start, most in enumerate(reaches) if most > length]
+        for size in range(max(reaches), length, -1):
+            for start in starts:
+                if reaches[start] < size:
+                    continue
                 value = _read(piece[start : start + size], convention)
                 if value is not None:
                     best, length = value, size
@@ -116,8 +135,9 @@ class NumberExtractor(ColumnEncoder):
     def _check(self) -> None:
         if self.convention not in CONVENTIONS:
             raise ValueError(f"convention must be one of {', '.join(CONVENTIONS)}, got {self.convention!r}")
-        if self.infill != "mean" and not isinstance(self.infill, (int, float, np.number)):
-            raise ValueError(f"infill must be 'mean' or a number, got {self.infill!r}")
+        number = isinstance(self.infill, (int, float, np.number)) and not isinstance(self.infill, bool)
+        if self.infill != "mean" and (not number or math.isinf(self.infill)):
+            raise ValueError(f"infill must be 'mean', a finite number or NaN, got {self.infill!r}")
         if self.scale not in (False, True, "z-score", "min-max"):
             raise ValueError(f"scale must be 'z-score', 'min-max', True or False, got {self.scale!r}")
         if self.unseen not in ("parse", "ignore"):

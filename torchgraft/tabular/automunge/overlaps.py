@@ -88,19 +88,20 @@ def _common_beginnings(order: np.ndarray, room: np.ndarray, ranks: Sequence[np.n
     return np.append(0, np.where(same, limit, np.minimum(length, limit)))[: len(order)]
 
 
+def _running_minimum(common: np.ndarray, change: np.ndarray) -> np.ndarray:
+    """The minimum since the last suffix of another entry; a far lower level per run restarts it."""
+    level = np.cumsum(change) * (int(common.max(initial=0)) + 1)
+    return np.minimum.accumulate(common - level) + level
+
+
 def _shared_lengths(suffixes: _SuffixArray) -> np.ndarray:
     """For each suffix in order, the length of its longest beginning that another entry holds too."""
     owner = suffixes.entry[suffixes.order]
     change = np.append(True, owner[1:] != owner[:-1])
 
-    def nearest(common: np.ndarray, change: np.ndarray) -> np.ndarray:
-        """Running minimum since the last suffix of another entry; a far lower level per run restarts it."""
-        level = np.cumsum(change) * (int(common.max(initial=0)) + 1)
-        return np.minimum.accumulate(common - level) + level
-
-    before = nearest(suffixes.common, change)
+    before = _running_minimum(suffixes.common, change)
     backwards = np.append(suffixes.common[1:], 0)[::-1]
-    after = nearest(backwards, np.append(True, change[1:][::-1]))[::-1]
+    after = _running_minimum(backwards, np.append(True, change[1:][::-1]))[::-1]
     return np.maximum(before, after)
 
 
@@ -222,6 +223,8 @@ class OverlapKeys:
         size, lengths, number = self._window, self._lengths, self._number
         for start in range(len(entry) - size + 1):
             for length in lengths.get(entry[start : start + size], ()):
+                if start + length > len(entry):
+                    break
                 key = number.get(entry[start : start + length])
                 if key is not None:
                     found.add(key)

@@ -7,21 +7,26 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from torchgraft.tabular.automunge.columns import (
     Column,
     ColumnEncoder,
     Table,
+    TableEncoder,
+    dense_flags,
     different,
     feature_names_in,
+    flags,
+    invert_blocks,
     read_columns,
 )
 from torchgraft.tabular.automunge.encoders import (
+    NO_KEY,
     BinaryCode,
     EntryMerger,
     FrequencyOrdinal,
@@ -30,6 +35,7 @@ from torchgraft.tabular.automunge.encoders import (
     TextExtractor,
     UpperCase,
     WordHasher,
+    _choice,
     _count,
     _ordinal,
 )
@@ -57,9 +63,15 @@ class _OneHot(ColumnEncoder):
         return list(_ordinal(_count(column), "frequency"))
 
     def _encode(self, state: list[str], entries: Sequence[Any]) -> np.ndarray:
+        return dense_flags(self._ones(state, entries), len(state))
+
+    def _ones(self, state: list[str], entries: Sequence[Any]) -> list[tuple[int, ...]]:
         place = {entry: i for i, entry in enumerate(state)}
-        rows = [place.get(str(entry), -1) for entry in entries]
-        return (np.array([*rows, -1])[:, None] == np.arange(len(state))).astype(np.int8)
+        known = [place.get(str(entry)) for entry in entries]
+        return [*(() if number is None else (number,) for number in known), ()]
+
+    def _decode(self, state: list[str], block: np.ndarray) -> list[str | None]:
+        return [state[row.argmax()] if row.any() else None for row in flags(block)]
 
     def _names(self, state: list[str], base: str) -> list[str]:
         return [f"{base}_{entry if self.named else i}" for i, entry in enumerate(state)]
@@ -134,6 +146,9 @@ class _Same(ColumnEncoder):
 
     def _kinds(self, state: Any) -> list[tuple[str, int]]:
         return [("text", 0)]
+
+    def _decode(self, state: None, block: np.ndarray) -> list[str | None]:
+        return block[:, 0].tolist()
 
 
 def _overlaps(**settings: Any) -> Callable[[], StringOverlapEncoder]:
@@ -240,20 +255,15 @@ class _Node:
             values = np.append(values.astype(object), lost)
         return column.mapped(None if _missing(v) else v for v in values.tolist())
 
-    def walk(self) -> Iterator[_Node]:
-        """This node and all below it."""
-        yield self
-        for node in self.offspring:
-            yield from node.walk()
-
-    def blocks(self, column: Column) -> Iterator[np.ndarray]:
+    def blocks(self, column: Column, sparse: bool) -> Iterator[Any]:
         """Output columns, in the order of the tree."""
         if self.kept:
-            yield self.encoder.encode_column(self.state, column)
+            made = self.encoder.sparse_column if sparse else self.encoder.encode_column
+            yield made(self.state, column)
         if self.offspring:
             seen = self.read(column)
             for node in self.offspring:
-                yield from node.blocks(seen)
+                yield from node.blocks(seen, sparse)
 
     def names(self, base: str) -> Iterator[str]:
         """Names of the output columns."""
@@ -271,11 +281,19 @@ class _Node:
             yield from node.kinds()
 
 
+@dataclass(frozen=True)
+class _Fitting:
+    """What the columns of one fit share: an encoder per category, and what the user should hear."""
+
+    encoders: dict[str, ColumnEncoder]
+    complaints: set[str]
+
+
 def _missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-class FamilyTree(TransformerMixin, BaseEstimator):
+class FamilyTree(TableEncoder):
     """Transformations that follow and branch from one another, applied to every column.
 
     Args:
@@ -284,8 +302,8 @@ class FamilyTree(TransformerMixin, BaseEstimator):
             ``auntsuncles`` and ``cousins`` apply to the column: the first and third replace it, the other two add to
             it, the first two have offspring. Offspring are the ``children``, ``niecesnephews``, ``coworkers`` and
             ``friends`` of the parent's own tree, in the same four roles.
-        trees: own trees of further categories, or other trees for known ones; what a category does to a column is
-            that of the known category.
+        trees: other trees for known categories (what a category itself does to a column stays), and a tree for
+            ``tree`` where that is a name of your own.
         params: parameters per category, ``{"sp13": {"minsplit": 4}}``. They reach every place where the category
             stands, and no other category: parameters of ``or19`` are not those of its ``sp13``.
         missing_marker: add a column that marks missing entries (NArw; where the tree's first transformation extracts
@@ -293,13 +311,15 @@ class FamilyTree(TransformerMixin, BaseEstimator):
         official_names: names such as ``ticket_or19_nmc8_nmbr``; ``False`` numbers them.
         missing: ``ignore``: missing takes no part in overlaps and has code 0. ``nan``: it is the word nan from the
             first overlap or hash transformation on, as in the official code.
+        sparse_output: True, False, or ``auto``: a sparse matrix above 200 columns of 0/1, unless ``set_output`` wants a
+            frame or a transformation leaves text.
 
     The columns are those of the official code under the same names; their order is that of the tree (ours), not of the
     official bookkeeping.
 
     Raises:
         ValueError: for unknown categories, primitives or parameters, output columns of equal names, a tree without
-            transformations.
+            transformations, and ``sparse_output=True`` for a tree that leaves text.
 
     Example:
         >>> table = [["west"], ["north"], ["northeast"], ["southwest"], ["southeast"], ["north north"]]
@@ -318,9 +338,11 @@ class FamilyTree(TransformerMixin, BaseEstimator):
         missing_marker: bool = True,
         official_names: bool = True,
         missing: Literal["ignore", "nan"] = "ignore",
+        sparse_output: bool | Literal["auto"] = "auto",
     ) -> None:
         self.tree, self.trees, self.params = tree, trees, params
         self.missing_marker, self.official_names, self.missing = missing_marker, official_names, missing
+        self.sparse_output = sparse_output
 
     def _tree_of(self, category: str) -> Tree:
         own = (self.trees or {}).get(category)
@@ -330,25 +352,35 @@ class FamilyTree(TransformerMixin, BaseEstimator):
         return self._tree_of(self.tree) if isinstance(self.tree, str) else self.tree
 
     def _check(self) -> None:
-        if self.missing not in ("ignore", "nan"):
-            raise ValueError(f"missing must be 'ignore' or 'nan', got {self.missing!r}")
+        _choice("missing", self.missing, ("ignore", "nan"))
+        _choice("sparse_output", self.sparse_output, (True, False, "auto"))
+        for name, value in (("trees", self.trees), ("params", self.params)):
+            if value is not None and not isinstance(value, Mapping):
+                raise TypeError(f"{name} must map categories to settings of theirs, got {value!r}")
         if isinstance(self.tree, str):
             _known(self.tree, [*CATEGORIES, *(self.trees or {})], "tree")
+        for category in self.trees or {}:
+            if category != self.tree:
+                _known(category, CATEGORIES, "category in trees")
         for tree in [self._root(), *(self.trees or {}).values()]:
             if not isinstance(tree, Mapping):
                 raise TypeError(f"tree must be the name of a category or a mapping, got {type(tree).__name__}")
             for primitive, categories in tree.items():
                 _known(primitive, PRIMITIVES, "primitive")
-                if isinstance(categories, str):
+                if isinstance(categories, str) or not isinstance(categories, Sequence):
                     raise TypeError(f"tree[{primitive!r}] must be a list of categories, got {categories!r}")
                 for category in categories:
-                    _known(category, list(CATEGORIES), "category")
+                    _known(category, CATEGORIES, "category")
         if not any(self._root().get(primitive) for primitive in UPSTREAM):
             raise ValueError(f"tree must have transformations in one of {', '.join(UPSTREAM)}, got {self._root()!r}")
         for category, settings in (self.params or {}).items():
-            _known(category, list(CATEGORIES), "category in params")
+            _known(category, CATEGORIES, "category in params")
+            if not isinstance(settings, Mapping):
+                raise TypeError(f"params[{category!r}] must map parameters to values, got {settings!r}")
             for name in settings:
-                _known(name, CATEGORIES[category]().get_params(), f"parameter of {category!r}")
+                # whether the output is sparse is the tree's own question
+                known = set(CATEGORIES[category]().get_params()) - {"sparse_output"}
+                _known(name, sorted(known), f"parameter of {category!r}")
 
     def _encoder(self, category: str) -> ColumnEncoder:
         encoder = CATEGORIES[category]()
@@ -360,20 +392,22 @@ class FamilyTree(TransformerMixin, BaseEstimator):
         return encoder
 
     def _grow(
-        self, column: Column, tree: Tree, primitives: Sequence[str], ancestors: tuple[str, ...], said: set[str]
+        self, column: Column, tree: Tree, primitives: Sequence[str], ancestors: tuple[str, ...], fitting: _Fitting
     ) -> list[_Node]:
         """The transformations of one generation, each with its offspring."""
         nodes = []
         # supplements first, then what replaces: those with offspring before those without
         for primitive in (primitives[1], primitives[0], primitives[3], primitives[2]):
             for category in tree.get(primitive, ()):
-                encoder = self._encoder(category)
+                if category not in fitting.encoders:
+                    fitting.encoders[category] = self._encoder(category)
+                encoder = fitting.encoders[category]
                 state = encoder.fit_column(column)
                 # that a column of words holds no numbers is no news below the first generation
                 if (complaint := encoder._complaint(state, column)) and not (
                     ancestors and isinstance(encoder, NumberExtractor)
                 ):
-                    said.add(complaint)
+                    fitting.complaints.add(complaint)
                 node = _Node(category, encoder, state, (), True)
                 own = self._tree_of(category)
                 if primitive in WITH_OFFSPRING and any(own.get(p) for p in DOWNSTREAM):
@@ -384,7 +418,7 @@ class FamilyTree(TransformerMixin, BaseEstimator):
                             f"category {category!r} gives several columns, so nothing can follow it; "
                             f"put it under auntsuncles, cousins, coworkers or friends instead of {primitive}"
                         )
-                    offspring = self._grow(node.read(column), own, DOWNSTREAM, (*ancestors, category), said)
+                    offspring = self._grow(node.read(column), own, DOWNSTREAM, (*ancestors, category), fitting)
                     kept = not any(own.get(p) for p in DOWNSTREAM if p in REPLACING)
                     node = replace(node, offspring=tuple(offspring), kept=kept)
                 nodes.append(node)
@@ -395,9 +429,9 @@ class FamilyTree(TransformerMixin, BaseEstimator):
         self._check()
         root = self._root()
         replaced = any(root.get(p) for p in UPSTREAM if p in REPLACING)
-        nodes, said = [], set[str]()
+        nodes, fitting = [], _Fitting({}, set())
         for column in read_columns(self, X, reset=True):
-            grown = self._grow(column, root, UPSTREAM, (), said)
+            grown = self._grow(column, root, UPSTREAM, (), fitting)
             if not replaced:
                 grown.insert(0, _Node("", _Same(), None, (), True))
             if self.missing_marker and not any("NArw" in root.get(p, ()) for p in UPSTREAM):
@@ -405,10 +439,12 @@ class FamilyTree(TransformerMixin, BaseEstimator):
                 marker = _Marker(first.convention if isinstance(first, NumberExtractor) else "")
                 grown.insert(0, _Node("NArw", marker, None, (), True))
             nodes.append(tuple(grown))
-        for complaint in sorted(said):
+        for complaint in sorted(fitting.complaints):
             warnings.warn(complaint, UserWarning, stacklevel=2)
+        different(self._names(nodes, feature_names_in(self, None)))
+        if self.sparse_output is True and any(kind == ("text", 0) for own in nodes for n in own for kind in n.kinds()):
+            raise ValueError("sparse_output=True is for numbers, but this tree leaves text; let it end in codes")
         self.nodes_ = nodes
-        different(self.get_feature_names_out().tolist())
         return self
 
     def transform(self, X: Table) -> Any:
@@ -420,23 +456,27 @@ class FamilyTree(TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self, "nodes_")
         columns = read_columns(self, X, reset=False)
-        return np.hstack(
-            [
-                b
-                for nodes, column in zip(self.nodes_, columns, strict=True)
-                for node in nodes
-                for b in node.blocks(column)
-            ]
-        )
+        kinds = self.column_kinds()
+        thin = self._sparse(kinds) and ("text", 0) not in kinds
+        trees = zip(self.nodes_, columns, strict=True)
+        blocks = [block for nodes, column in trees for node in nodes for block in node.blocks(column, thin)]
+        if not thin:
+            return np.hstack(blocks)
+        from scipy import sparse
+
+        return sparse.hstack(blocks, format="csr")
 
     def get_feature_names_out(self, input_features: Iterable[str] | None = None) -> np.ndarray:
         """Names of the output columns."""
         check_is_fitted(self, "nodes_")
+        return np.array(self._names(self.nodes_, feature_names_in(self, input_features)), dtype=object)
+
+    def _names(self, trees: Sequence[Sequence[_Node]], columns: Sequence[str]) -> list[str]:
         out: list[str] = []
-        for name, nodes in zip(feature_names_in(self, input_features), self.nodes_, strict=True):
-            names = [made for node in nodes for made in (node.names(name) if node.name else [name])]
-            out += names if self.official_names else [f"{name}_{i}" for i in range(len(names))]
-        return np.array(out, dtype=object)
+        for column, nodes in zip(columns, trees, strict=True):
+            names = [made for node in nodes for made in (node.names(column) if node.name else [column])]
+            out += names if self.official_names else [f"{column}_{i}" for i in range(len(names))]
+        return out
 
     def column_kinds(self) -> list[tuple[str, int]]:
         """What each output column is: ``("code", n)``, ``("flag", 2)``, ``("number", 0)`` or ``("text", 0)``."""
@@ -444,64 +484,60 @@ class FamilyTree(TransformerMixin, BaseEstimator):
         return [kind for nodes in self.nodes_ for node in nodes for kind in node.kinds()]
 
     def inverse_transform(self, X: Table) -> np.ndarray:
-        """Entries (rows, input columns) from the columns of ord3, ordl or 1010 that stand nearest to the input.
+        """Entries (rows, input columns), each told from the one block of output columns that tells most.
 
-        Exact where such a column was made of the input itself; in upper case below ``UPCS`` and the ``or…`` trees.
+        Exact where codes (ord3, ordl, 1010, onht, text) were made of the input itself, or the input was kept; in upper
+        case below ``UPCS`` and the ``or…`` trees. Otherwise the part of the entry that the overlaps, the search or strn
+        know, as their own ``inverse_transform`` gives it. None for missing and unseen entries.
 
         Raises:
-            ValueError: for a tree without such a column after nothing but upper-casing.
+            ValueError: for a tree of nothing but numbers, hashes and markers.
         """
         check_is_fitted(self, "nodes_")
-        X = np.asarray(X.to_numpy() if hasattr(X, "to_numpy") else X)
         widths = [sum(1 for node in nodes for _ in node.kinds()) for nodes in self.nodes_]
-        if X.ndim != 2 or X.shape[1] != sum(widths):
-            raise ValueError(f"X must have the {sum(widths)} columns that transform gives, got {X.shape}")
-        out = np.empty((len(X), len(self.nodes_)), dtype=object)
-        start = 0
-        for i, (nodes, width) in enumerate(zip(self.nodes_, widths, strict=True)):
-            place, node = _invertible(nodes)
-            block = X[:, start + place : start + place + sum(1 for _ in node.kinds())]
-            out[:, i] = node.encoder._decode(node.state, block)
-            start += width
-        return out
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.input_tags.string = tags.input_tags.categorical = tags.input_tags.allow_nan = True
-        tags.transformer_tags.preserves_dtype = []
-        return tags
-
-
-def _invertible(nodes: Sequence[_Node]) -> tuple[int, _Node]:
-    """The first column, and the node, from which entries can be told."""
-    best: tuple[int, int, _Node] | None = None
-
-    def look(node: _Node, place: int, depth: int, faithful: bool) -> int:
-        nonlocal best
-        if node.kept:
-            if (
-                faithful
-                and isinstance(node.encoder, (FrequencyOrdinal, BinaryCode))
-                and (best is None or depth < best[0])
-            ):
-                best = (depth, place, node)
-            place += len(node.encoder._kinds(node.state))
-        for child in node.offspring:
-            place = look(child, place, depth + 1, faithful and isinstance(node.encoder, (UpperCase, _Same)))
-        return place
-
-    place = 0
-    for node in nodes:
-        place = look(node, place, 0, True)
-    if best is None:
-        raise ValueError(
-            "this tree has no ord3, ordl or 1010 column made of the input itself, so entries cannot be told"
+        return invert_blocks(
+            X, self.get_feature_names_out().tolist(), widths, [_decoder(nodes) for nodes in self.nodes_]
         )
-    return best[1], best[2]
+
+
+_EXACT = (FrequencyOrdinal, BinaryCode, _OneHot, _Same, UpperCase)
+_PARTIAL = (StringOverlapEncoder, SubstringSearchEncoder, TextExtractor)
+
+
+def _decoder(nodes: Sequence[_Node]) -> tuple[int, int, Callable[[np.ndarray], list[Any]]]:
+    """Where the columns stand that tell most of the entries, how many they are, and what reads them."""
+    found = []
+    place = 0
+
+    def look(node: _Node, above: tuple[_Node, ...]) -> None:
+        nonlocal place
+        if node.kept:
+            width = len(node.encoder._kinds(node.state))
+            chain = (*above, node)
+            if all(isinstance(one.encoder, (*_EXACT, *_PARTIAL)) for one in chain):
+                parts = sum(isinstance(one.encoder, _PARTIAL) for one in chain)
+                found.append((parts, len(chain), place, width, chain))
+            place += width
+        for child in node.offspring:
+            look(child, (*above, node))
+
+    for node in nodes:
+        look(node, ())
+    if not found:
+        raise ValueError("this tree makes nothing but numbers, hashes and markers, from which entries cannot be told")
+    _, _, place, width, chain = min(found, key=lambda one: one[:3])
+    return place, width, partial(_told, chain)
+
+
+def _told(chain: Sequence[_Node], block: np.ndarray) -> list[Any]:
+    """What the last of a chain of transformations tells, unless one above it stands for nothing."""
+    told = chain[-1].encoder._decode(chain[-1].state, block)
+    nothing = any(getattr(node.encoder, "consolidate", False) for node in chain)
+    return [None if nothing and entry == NO_KEY else entry for entry in told]
 
 
 def _known(name: str, allowed: Any, what: str) -> None:
-    if name not in allowed:
+    if not isinstance(name, str) or name not in allowed:
         near = difflib.get_close_matches(str(name), list(allowed), 1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(allowed)}"
         raise ValueError(f"unknown {what} {name!r}; {hint}")
