@@ -10,7 +10,7 @@ import torchgraft.recipes
 from torchgraft.experiments.benching import measure
 from torchgraft.experiments.engine import Run
 
-RECIPES = [module.name for module in pkgutil.iter_modules(torchgraft.recipes.__path__)]
+RECIPES = [m.name for m in pkgutil.iter_modules(torchgraft.recipes.__path__) if not m.name.startswith("_")]
 BENCHES = [module.name for module in pkgutil.iter_modules(torchgraft.bench.__path__)]
 
 

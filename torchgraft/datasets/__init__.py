@@ -34,6 +34,7 @@ __all__ = [
     "Photos",
     "Question",
     "Sentences",
+    "Sounds",
     "Source",
     "Table",
     "Text",
@@ -67,6 +68,18 @@ class Photos:
     x: tuple[Tensor, ...]
     y: Tensor
     names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sounds:
+    """Labelled recordings, each of its own length: float32 (samples,) in -1..1 at ``rate`` per second."""
+
+    train: tuple[Tensor, ...]
+    train_y: Tensor
+    test: tuple[Tensor, ...]
+    test_y: Tensor
+    rate: int
+    classes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -131,7 +144,7 @@ class EventTables:
     diagnoses: DataFrame
 
 
-Data = Images | Photos | Text | MultipleChoice | Sentences | Table | EventTables
+Data = Images | Photos | Text | MultipleChoice | Sentences | Sounds | Table | EventTables
 Split = Callable[..., Any]
 """From the name of a split (and a configuration) to its table as the hub's ``datasets.load_dataset`` gives it."""
 
@@ -239,6 +252,26 @@ def _imagenet_samples(folder: Path) -> Photos:
         with Image.open(path) as image:
             photos.append(torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1).contiguous())
     return Photos(tuple(photos), torch.arange(125) * 8, tuple(path.stem.split("_", 1)[1] for path in paths))
+
+
+def _spoken_digits(folder: Path) -> Sounds:
+    """Files are named digit_speaker_number; the publisher tests on the numbers 0 to 4 of each digit and speaker."""
+    import tarfile
+    import wave
+
+    parts: dict[bool, list[tuple[Tensor, int]]] = {True: [], False: []}
+    with tarfile.open(folder / "speech/fsdd-recordings.tar.gz") as archive:
+        for member in sorted((m for m in archive if m.name.endswith(".wav")), key=lambda m: m.name):
+            digit, _, number = Path(member.name).stem.split("_")
+            held = archive.extractfile(member)
+            assert held is not None
+            with wave.open(held) as sound:
+                if (sound.getframerate(), sound.getnchannels(), sound.getsampwidth()) != (8000, 1, 2):
+                    raise ValueError(f"{member.name} should be one channel of 16 bits at 8 kHz")
+                samples = np.frombuffer(sound.readframes(sound.getnframes()), "<i2").astype(np.float32) / 2**15
+            parts[int(number) < 5].append((torch.from_numpy(samples), int(digit)))
+    (train, train_y), (test, test_y) = (zip(*parts[part], strict=True) for part in (False, True))
+    return Sounds(train, torch.tensor(train_y), test, torch.tensor(test_y), 8000, tuple(str(d) for d in range(10)))
 
 
 def _shakespeare(folder: Path) -> Text:
@@ -387,6 +420,7 @@ DATASETS = {
         tuple(f"text/sst2/{part}.tsv" for part in ("train", "dev", "test")), "SetFit/sst2", "none stated", _sst2,
         _hub_sst2,
     ),
+    "spoken-digits": Source(("speech/fsdd-recordings.tar.gz",), "", "CC BY-SA 4.0", _spoken_digits),
     "titanic": Source(("tabular/titanic.csv",), "", "none stated", _titanic),
 }  # fmt: skip
 
@@ -455,7 +489,8 @@ def load(name: str) -> Any:
         ``Images`` (digits, fashion-mnist, cifar10: the first 20,000 training images and all 10,000 test images,
         lossless), ``Photos`` (imagenet-samples: 125, one of every eighth class), ``Text`` (shakespeare: first nine
         tenths and last tenth; wikitext2: validation and test text), ``MultipleChoice`` (questions, commonsenseqa),
-        ``Sentences`` (sst2: whole sentences, two classes), ``Table`` (titanic; cpus: 875 processors) or
+        ``Sentences`` (sst2: whole sentences, two classes), ``Sounds`` (spoken-digits: 2,700 recordings for training and
+        300 for testing, of six speakers), ``Table`` (titanic; cpus: 875 processors) or
         ``EventTables`` (nafld).
 
     Raises:
