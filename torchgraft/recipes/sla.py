@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from torchgraft import datasets
 from torchgraft.experiments import Arm, Claim, FitResult, Measurement, Progress, Result, fit, pick_learning_rate
+from torchgraft.recipes._images import coloured, cropped, flipped
 from torchgraft.vision import sla
 from torchgraft.zoo import CifarResNet
 
@@ -112,7 +113,7 @@ _LARGE = Config(
     tune_steps=500, learning_rates=(0.05, 0.1, 0.2), schedule="steps", crop=True, points=10, precision="bf16",
 )  # fmt: skip
 
-_SHORT: dict[str, Any] = {"steps": 400, "tune_steps": 100, "learning_rates": (0.05, 0.1, 0.2)}
+_SHORT: dict[str, Any] = {"steps": 300, "tune_steps": 80, "learning_rates": (0.05, 0.1)}
 
 SCALES = {
     "smoke": Config(
@@ -166,11 +167,6 @@ def _data(config: Config) -> tuple[dict[str, Part], int]:
     if not isinstance(images, datasets.Images):
         raise ValueError(f"data must be images, got {config.data!r}; use 'cifar10' or 'digits'")
 
-    def prepared(x: Tensor) -> Tensor:
-        if x.shape[1] == 1:
-            x = x.expand(-1, 3, -1, -1).repeat_interleave(2, 2).repeat_interleave(2, 3)
-        return x.contiguous()
-
     order = torch.randperm(len(images.train_y), generator=torch.Generator().manual_seed(0))
     held, rest = order[: config.held_images], order[config.held_images :]
     if config.variant == "full":
@@ -181,9 +177,9 @@ def _data(config: Config) -> tuple[dict[str, Part], int]:
         chosen = torch.cat([rest[y == k][: int(n)] for k, n in enumerate(wanted)])
     end = config.test_images or len(images.test_y)
     parts = {
-        "train": (prepared(images.train_x[chosen]), images.train_y[chosen]),
-        "held": (prepared(images.train_x[held]), images.train_y[held]),
-        "test": (prepared(images.test_x[:end]), images.test_y[:end]),
+        "train": (coloured(images.train_x[chosen]).contiguous(), images.train_y[chosen]),
+        "held": (coloured(images.train_x[held]).contiguous(), images.train_y[held]),
+        "test": (coloured(images.test_x[:end]).contiguous(), images.test_y[:end]),
     }
     return parts, len(images.classes)
 
@@ -191,20 +187,6 @@ def _data(config: Config) -> tuple[dict[str, Part], int]:
 def _floats(x: Tensor) -> Tensor:
     """Bytes to [-1, 1], channels last."""
     return (x.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-
-
-def augmented(x: Tensor, crop: bool) -> Tensor:
-    """A random flip, and a random crop of the image padded by four, once per image."""
-    flip = torch.rand(len(x), device=x.device) < 0.5
-    x = torch.where(flip[:, None, None, None], x.flip(3), x)
-    if not crop:
-        return x
-    padded = F.pad(x, (4, 4, 4, 4))
-    top, left = torch.randint(0, 9, (2, len(x), 1), device=x.device)
-    rows = (top + torch.arange(x.shape[2], device=x.device))[:, :, None]
-    columns = (left + torch.arange(x.shape[3], device=x.device))[:, None, :]
-    each = torch.arange(len(x), device=x.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[each, rows, columns].permute(0, 3, 1, 2)
 
 
 def _steps(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
@@ -285,7 +267,7 @@ def arms(config: Config) -> Mapping[str, Arm]:
             model = make(name)
             found = fit(
                 model, parts["train"],
-                lambda m, b: m(_floats(augmented(b[0], config.crop)), b[1])[0],
+                lambda m, b: m(_floats((cropped if config.crop else flipped)(b[0])), b[1])[0],
                 steps=steps, batch_size=config.batch_size, seed=seed, device=config.device, progress=progress,
                 optimizer=lambda p: torch.optim.SGD(p, lr=lr, momentum=0.9, weight_decay=1e-4),
                 schedule="one_cycle" if config.schedule == "one_cycle" else _steps, mixed_precision=config.precision,
