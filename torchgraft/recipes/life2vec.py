@@ -346,7 +346,7 @@ class Study:
         documents = self.documents(seed)
         collate = l2v.EventCollator(self.tokenizer(seed), self.config.max_length, mlm=None, shuffle=False)
         order = np.argsort([len(documents[int(i)]) for i in people], kind="stable")
-        parts = np.array_split(order, max(1, len(order) // 256))
+        parts = np.array_split(order, max(1, len(order) // 128))
         return [collate([documents[int(people[i])] for i in part]) for part in parts], order
 
     def fit(self, model: nn.Module, seed: int, people: np.ndarray, steps: int, lr: float, progress: Progress) -> float:
@@ -405,14 +405,14 @@ class Study:
 
     def perplexity(self, model: l2v.Life2VecForPreTraining, seed: int) -> float:
         """Of masked tokens of validation people: exp of the loss (the official log takes its square root)."""
-        documents, people = self.documents(seed), self.fold(seed).valid
+        picked = [self.documents(seed)[int(i)] for i in self.fold(seed).valid]
         collate = l2v.EventCollator(self.tokenizer(seed), self.config.max_length)
         torch.manual_seed(0)
         model.eval()
         total, count = 0.0, 0
         with torch.no_grad():
-            for start in range(0, len(people), 256):
-                batch = collate([documents[int(i)] for i in people[start : start + 256]])
+            for part in l2v.length_buckets([len(d) for d in picked], 128, window=len(picked)):
+                batch = collate([picked[i] for i in part])
                 known = int((batch["target_tokens"] > 0).sum())
                 out = model(**{key: value.to(self.config.device) for key, value in batch.items()})
                 total, count = total + float(out.mlm_loss) * known, count + known
@@ -544,11 +544,30 @@ def _network(study: Study, name: str, share: float, seed: int, progress: Progres
     fold = study.fold(seed)
     valid, test = (study.scores(model, study.batches(seed, people)) for people in (fold.valid, fold.test))
     found = study.measured(seed, valid, test, seconds, last)
+    if plain != "GRU" and last:
+        found.extra.update(_proportions(study, model, seed))
     if name == "life2vec" and last:
         found.extra["tokens"] = float(np.median(study.documents(seed).lengths))
         found.metrics["perplexity"] = study.perplexity(study.pretrained(seed, progress)[0], seed)
         found.extra.update(_inside(study, model, seed, test, progress) if seed == 0 else {})
     return found
+
+
+def _proportions(study: Study, model: nn.Module, seed: int) -> dict[str, float]:
+    """How long the age term of an event's token is beside the token's own vector, and what the layers weigh."""
+    transformer: Any = model.get_submodule("transformer")
+    embedding = transformer.embedding
+    lengths: list[Tensor] = []
+    with torch.no_grad():
+        for batch in study.batches(seed, study.fold(seed).valid)[0]:
+            tokens, _, ages, _ = batch["input_ids"].to(study.config.device).unbind(1)
+            events = batch["padding_mask"].to(tokens.device).clone()
+            events[:, : embedding.background_length + 1] = False
+            both = embedding.token(tokens.long()), embedding.age(ages) * embedding.res_age.weights
+            lengths.append(torch.stack([part.norm(dim=-1)[events].sum() for part in both]))
+        token, age = torch.stack(lengths).sum(0).tolist()
+        sublayers = [part.norm for e in transformer.encoders for part in (e.attention_sublayer, e.position_sublayer)]
+        return {"age by token": age / token, "scalars": max(float(norm.weights.abs()) for norm in sublayers)}
 
 
 def arms(config: Config) -> Mapping[str, Arm]:
@@ -798,7 +817,7 @@ def _draw_robustness(ax: Axes, result: Result) -> None:
 def notes(result: Result) -> str:
     """Protocol, budget, choices, groups, and what the numbers cannot say."""
     c: Config = result.config
-    rates = ", ".join(f"{key.partition(' ')[2]} {found['chosen']}" for key, found in result.tuned.items())
+    rates = ", ".join(f"{key.partition(' ')[2]} {picked['chosen']}" for key, picked in result.tuned.items())
 
     def auc(name: str) -> float:
         return float(100 * result.values(f"{name}, {ALL}", "AUC").mean())
@@ -812,6 +831,12 @@ def notes(result: Result) -> str:
     alpha = np.mean([m.extra["alpha"] for m in ours.values()])
     tokens = np.mean([m.extra["tokens"] for m in ours.values()])
     perplexity = np.mean([m.metrics["perplexity"] for m in ours.values()])
+
+    def proportion(name: str, key: str) -> float:
+        return float(np.mean([m.extra[key] for m in result.measurements[f"{name}, {ALL}"].values()]))
+
+    found = ours[result.seeds[0]].extra
+    outside = sum(not min(found["chance"]) <= share <= max(found["chance"]) for _, _, share, *_ in found["tcav"])
     return (
         f"{c.data}: people alive and followed a year after their index day; records up to then; 1 = died in the five "
         "years that follow, 0 = known to have lived on; whoever left in between is out of AUC and of training, is "
@@ -826,10 +851,13 @@ def notes(result: Result) -> str:
         f"compute' has as many steps more, of its own task. Chosen: {rates}. Best baseline with all labels: {best}, "
         f"AUC {auc(best):.1f}, life2vec {auc('life2vec'):.1f}. AUC by group, life2vec: {groups('life2vec')}; "
         f"boosting: {groups('boosting')}. Seconds include pre-training, by the clock. The paper has 3 million people, "
-        f"2,043 tokens and thousands of tokens a person; here a person has a median of {tokens:g}, age alone gives "
-        "most of the ranking, and an interval over few folds is wide. Where pre-training costs AUC, a look at one fold "
-        "says why: the age term of the embedding has outgrown the tokens, the encoders' scalars are still close to 0, "
-        "and taking the time terms away, or fine-tuning three times as long, gives part of the loss back, while "
-        "letting the frozen tokens learn does not; so budget and scale. Explanations of so weak a model "
-        "show the tools, not medicine: the concepts hardly leave the range of random ones."
+        f"2,043 tokens and thousands of tokens a person; here a person has a median of {tokens:g}, age and sex alone "
+        f"have an AUC of {auc('age + sex'):.1f}, and an interval over few folds is wide. In the embedding of an "
+        f"event's token the age term is {proportion('life2vec', 'age by token'):.2g} times as long as the token's own "
+        f"vector (from scratch {proportion('from scratch', 'age by token'):.2g}), and the scalars of the encoders' "
+        f"sublayers, which begin at 0, reach {proportion('life2vec', 'scalars'):.2g} (from scratch "
+        f"{proportion('from scratch', 'scalars'):.2g}). "
+        f"Explanations show the tools, not medicine: of {len(found['tcav'])} concepts {outside} have a share of people "
+        f"outside that of {len(found['chance'])} random ones, which is {min(found['chance']):.0%} to "
+        f"{max(found['chance']):.0%}."
     )

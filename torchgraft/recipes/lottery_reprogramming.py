@@ -125,7 +125,7 @@ class Config:
         held_images: of the target, kept from training, for learning rates and temperatures.
         tests: target images for testing; 0 takes all.
         steps, target_batch: of each training on the target, in whole epochs.
-        probe_rates, prompt_rates: the grids of learning rates of LP and of VP that every network gets.
+        probe_rates, prompt_rates: the grids of learning rates of LP and of VP that every network gets, of equal size.
         bins: of the calibration error.
     """
 
@@ -134,9 +134,9 @@ class Config:
     target: str = "digits"
     device: str = "cpu"
     network: Literal["cnn", "resnet20"] = "cnn"
-    channels: tuple[int, ...] = (16, 32, 64, 64)
-    size: int = 24
-    in_size: int = 12
+    channels: tuple[int, ...] = (16, 32, 48, 48)
+    size: int = 20
+    in_size: int = 10
     source_images: int = 10_000
     source_tests: int = 5000
     source_steps: int = 160
@@ -150,8 +150,8 @@ class Config:
     tests: int = 0
     steps: int = 80
     target_batch: int = 64
-    probe_rates: tuple[float, ...] = (0.003, 0.01, 0.03)
-    prompt_rates: tuple[float, ...] = (0.1, 0.3, 1.0)
+    probe_rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1)
+    prompt_rates: tuple[float, ...] = (0.03, 0.1, 0.2, 0.4, 1.0)
     bins: int = 15
 
 
@@ -189,6 +189,19 @@ class Part(NamedTuple):
 
     x: Tensor
     y: Tensor
+
+
+class _Whole(torch.utils.data.Dataset[Part]):
+    """Takes the images of a batch at once; one by one costs as much as a layer."""
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+
+    def __len__(self) -> int:
+        return len(self.part.y)
+
+    def __getitems__(self, index: list[int]) -> Part:
+        return Part(self.part.x[index].contiguous(memory_format=torch.channels_last), self.part.y[index])
 
 
 def cnn(channels: tuple[int, ...], inputs: int, size: int, classes: int) -> nn.Module:
@@ -247,12 +260,14 @@ def arms(config: Config) -> Mapping[str, Arm]:
         middle, spread = (x.new_tensor(v).view(-1, 1, 1) for v in (mean, std))
         return ((x - middle) / spread).contiguous(memory_format=torch.channels_last)
 
+    train, test = (Part(normalised(part.x), part.y) for part in (train, test))
+
     @torch.no_grad()
     def accuracy(model: nn.Module) -> float:
         model.eval()
         right = 0
         for x, y in zip(test.x.split(500), test.y.split(500), strict=True):
-            right += int((model(normalised(x.to(config.device))).argmax(1).cpu() == y).sum())
+            right += int((model(x.to(config.device)).argmax(1).cpu() == y).sum())
         return right / len(test.y)
 
     @lru_cache(maxsize=2)
@@ -261,9 +276,9 @@ def arms(config: Config) -> Mapping[str, Arm]:
 
         def trained(model: nn.Module, steps: int) -> float:
             fit(
-                model, tuple(train), lambda m, batch: F.cross_entropy(m(normalised(batch[0])), batch[1]), steps=steps,
+                model, _Whole(train), lambda m, batch: F.cross_entropy(m(batch[0]), batch[1]), steps=steps,
                 batch_size=config.batch_size, seed=seed, schedule="cosine", device=config.device,
-                optimizer=lambda p: torch.optim.Adam(p, lr=config.source_rate),
+                optimizer=lambda p: torch.optim.Adam(p, lr=config.source_rate), collate=lambda batch: batch,
             )  # fmt: skip
             return accuracy(model)
 

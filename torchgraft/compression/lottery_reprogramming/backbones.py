@@ -19,7 +19,8 @@ Batches = Iterable[Any] | tuple[Tensor, Tensor]
 
 def is_transformers(module: nn.Module) -> bool:
     """Whether a module is a model of transformers, without importing transformers."""
-    package = sys.modules.get("transformers")
+    # where there is such a model its classes were imported; the package itself would import them when asked
+    package = sys.modules.get("transformers.modeling_utils")
     return package is not None and isinstance(module, package.PreTrainedModel)
 
 

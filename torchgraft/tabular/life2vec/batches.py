@@ -101,6 +101,8 @@ def hide_background(document: Document) -> Document:
 def drop_tokens(document: Document, rng: Rng, p: float) -> Document:
     """Forget one random token of each event with probability ``p``; the event stays, if need be as [SEP] alone."""
     hit = rng.random(len(document.events)) < p
+    if not hit.any():
+        return document
     events = []
     for event, dropped in zip(document.events, hit, strict=True):
         if dropped and event:

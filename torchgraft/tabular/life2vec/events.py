@@ -6,6 +6,7 @@ A document is ``[CLS] background [SEP] event [SEP] event [SEP] ...``, the events
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -415,13 +416,9 @@ def layout(document: Document, events: Sequence[Sequence[int]] | None = None) ->
         (*event, SEP) for event in (document.events if events is None else events)
     ]
     lengths = [len(sentence) for sentence in sentences]
-    count = len(sentences) - 1
-    segments = (1, *(SEGMENTS[(i + document.skipped) % 3] for i in range(count)))
-    return np.stack(
-        [
-            np.fromiter((t for sentence in sentences for t in sentence), dtype=np.float32, count=sum(lengths)),
-            np.repeat(np.array((0, *document.positions), dtype=np.float32), lengths),
-            np.repeat(np.array((0, *document.ages), dtype=np.float32), lengths),
-            np.repeat(np.array(segments, dtype=np.float32), lengths),
-        ]
-    )
+    segments = (1, *(SEGMENTS[(i + document.skipped) % 3] for i in range(len(sentences) - 1)))
+    rows = np.empty((4, sum(lengths)), dtype=np.float32)
+    rows[0] = list(itertools.chain.from_iterable(sentences))
+    told = np.array([(0, *document.positions), (0, *document.ages), segments], dtype=np.float32)
+    rows[1:] = told.repeat(lengths, axis=1)
+    return rows
