@@ -6,10 +6,12 @@ import math
 import os
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
 import transformers
+import transformers.quantizers.auto  # before the shape checker's hook, under which it would be compiled anew
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -255,7 +257,7 @@ def test_soft_rounding():
 
 
 def test_search_finds_the_least_of_a_brute_force_grid():
-    weights = [draw(32, 300, seed=s) for s in range(2)]
+    weights = [draw(16, 150, seed=s) for s in range(2)]
     grid = [round(0.2 + 0.005 * i, 3) for i in range(201)]
     for bits in (3, 4):
         total = [sum(quantization_error(w, a, bits) for w in weights) for a in grid]
@@ -267,7 +269,7 @@ def test_search_finds_the_least_of_a_brute_force_grid():
 
 
 def test_search_of_large_weights_is_exact_enough():
-    w = draw(256, 1024)
+    w = draw(100, 700)
     found = search_exponent([w], 4)
     grid = [found + 0.002 * k for k in range(-10, 11)]
     assert quantization_error(w, found, 4) <= min(quantization_error(w, a, 4) for a in grid) * (1 + 2e-4)
@@ -537,7 +539,8 @@ def block():
     return nn.Sequential(nn.Linear(24, 48), nn.ReLU(), nn.Linear(48, 24))
 
 
-def learned(method="nupes", bits=3, steps=80, lr=0.1, exponent="learn", codes=True, **kw):
+@cache
+def learned(method="nupes", bits=3, steps=40, lr=0.3, exponent="learn", codes=True):
     net = nn.ModuleDict({"blocks": nn.ModuleList([block(), block()])})
 
     class Net(nn.Module):
@@ -555,21 +558,21 @@ def learned(method="nupes", bits=3, steps=80, lr=0.1, exponent="learn", codes=Tr
     x = draw(128, 3) @ draw(3, 24, seed=1) + 0.1 * draw(128, 24, seed=2)
     config = PowerQuantConfig(
         weight_bits=bits, method=method, exponent=exponent, learn_codes=codes, steps=steps, lr_codes=lr,
-        lr_exponent=lr / 10, granularity="layer", **kw,
+        lr_exponent=lr / 10, granularity="layer",
     )  # fmt: skip
     expected = model(x)
     return quantize_model(model, config, x), x, expected
 
 
 def test_reconstruction_lowers_the_loss_and_moves_by_more_than_one():
-    model, x, expected = learned(lr=0.3)
+    model, x, expected = learned()
     history = model.power_quant_history
     assert list(history) == ["blocks.0", "blocks.1"]
     plain, _, _ = learned(method="data_free", exponent="search")
     assert (model(x) - expected).square().mean() < 0.8 * (plain(x) - expected).square().mean()
     for entry in history.values():
         assert entry.end <= entry.start
-        assert len(entry.losses) == 80
+        assert len(entry.losses) == 40
         assert entry.moved_far > 0
     first = history["blocks.0"]
     assert first.losses[0] < 0.3 * first.start, "soft codes start near the float block"
@@ -608,7 +611,7 @@ def test_worse_results_are_not_kept():
 def test_reconstruct_block_by_hand():
     floats = block()
     quantized = quantize_model(copy.deepcopy(floats), PowerQuantConfig(weight_bits=2))
-    result = reconstruct_block(floats, quantized, draw(64, 24), steps=60, lr_codes=0.05)
+    result = reconstruct_block(floats, quantized, draw(64, 24), steps=30, lr_codes=0.05)
     assert result.end < result.start
     assert all(layer.learning is None for layer in quantized if isinstance(layer, PowerLinear))
     with pytest.raises(ValueError, match="no quantized layer"):
@@ -671,25 +674,42 @@ def test_from_pretrained_and_save_pretrained(family, tmp_path):
     assert set(stored["quantized"]) == set(names)
 
 
-def test_a_new_process_gives_the_same_outputs_and_layers_compile(tmp_path):
+def test_a_learned_transformer_is_saved_and_loaded(tmp_path):
     model = tiny("llama")
     batches = [inputs_of("llama")]
-    config = PowerQuantConfig(weight_bits=3, method="nupes", exponent="learn", steps=5, act_bits=8, lr_codes=0.1)
-    quantize_model(model, config, batches).save_pretrained(tmp_path / "codes")
+    config = PowerQuantConfig(weight_bits=3, method="nupes", exponent="learn", steps=3, act_bits=8, lr_codes=0.1)
+    quantize_model(model, config, batches).save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
-        torch.save(model(**batches[0]).logits, tmp_path / "logits.pt")
+        assert torch.equal(again(**batches[0]).logits, model(**batches[0]).logits)
+
+
+def test_a_new_process_without_transformers_gives_the_same_outputs(tmp_path):
+    from safetensors.torch import save_file
+
+    config = PowerQuantConfig(weight_bits=3, method="nupes", exponent="learn", steps=3, act_bits=8, lr_codes=0.1)
+    x = draw(4, 3, 8, 8)
+    model = quantize_model(small_cnn(), config, x)
+    save_file(model.state_dict(), tmp_path / "codes.safetensors")
+    (tmp_path / "config.json").write_text(model.power_quant_config.to_json_string())
+    with torch.no_grad():
+        save_file({"x": x, "y": model(x)}, tmp_path / "answers.safetensors")
     code = (
-        "import sys, torch\n"
-        "import torchgraft.compression.nupes\n"
-        "from transformers import AutoModelForCausalLM\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + '/codes')\n"
-        "x = torch.arange(14).reshape(2, 7)\n"
-        "with torch.no_grad(): y = model(input_ids=x, attention_mask=torch.ones_like(x)).logits\n"
-        "assert torch.equal(y, torch.load(sys.argv[1] + '/logits.pt', weights_only=True))\n"
-        "from torchgraft.compression.nupes import PowerLinear, PowerQuantConfig\n"
-        "layer = PowerLinear.from_float(torch.nn.Linear(32, 8), PowerQuantConfig(exponent=0.7))\n"
-        "compiled = torch.compile(layer, fullgraph=True, backend='aot_eager')\n"
-        "torch.testing.assert_close(compiled(torch.ones(2, 32)), layer(torch.ones(2, 32)))\n"
+        "import json, sys\n"
+        "sys.modules['transformers'] = None\n"
+        "from pathlib import Path\n"
+        "import torch\n"
+        "from safetensors.torch import load_file\n"
+        "from torch import nn\n"
+        "from torchgraft.compression.nupes import PowerQuantConfig, prepare_model\n"
+        "here = Path(sys.argv[1])\n"
+        "net = nn.Sequential(\n"
+        "    nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1),\n"
+        "    nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).eval()\n"
+        "prepare_model(net, PowerQuantConfig.from_dict(json.loads((here / 'config.json').read_text())))\n"
+        "net.load_state_dict(load_file(here / 'codes.safetensors'))\n"
+        "kept = load_file(here / 'answers.safetensors')\n"
+        "with torch.no_grad(): assert torch.equal(net(kept['x']), kept['y'])\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, env=os.environ, check=False
@@ -697,12 +717,21 @@ def test_a_new_process_gives_the_same_outputs_and_layers_compile(tmp_path):
     assert done.returncode == 0, done.stderr[-800:]
 
 
+def test_layers_compile_whole(without_shape_checks):
+    x = draw(4, 8)
+    config = PowerQuantConfig(weight_bits=3, granularity="channel", act_bits=8)
+    net = quantize_model(nn.Sequential(nn.Linear(8, 4), nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 2, 3)), config, x)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), net(x))
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_transformers_blocks_are_learned(family):
     model, x = tiny(family), inputs_of(family)
     with torch.no_grad():
         expected = hidden(model(**x))
-    config = PowerQuantConfig(weight_bits=3, method="nupes", exponent="learn", steps=15, lr_codes=0.05)
+    config = PowerQuantConfig(weight_bits=3, method="nupes", exponent="learn", steps=6, lr_codes=0.05)
     quantize_model(model, config, [x])
     blocks = [name for name in model.power_quant_history if name.rpartition(".")[2].isdigit()]
     assert len(blocks) == 2
@@ -786,7 +815,7 @@ def test_a_failure_leaves_the_model_as_it_was():
     before = dict(model.named_modules())
     expected = model(x)
     with pytest.raises(FloatingPointError, match="learning rates"):
-        quantize_model(model, PowerQuantConfig(method="nupes", steps=4, lr_codes=math.nan), x)
+        quantize_model(model, PowerQuantConfig(method="nupes", steps=4), 1e25 * x)
     assert dict(model.named_modules()) == before
     assert torch.equal(model(x), expected)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -84,22 +86,29 @@ class PowerQuantConfig(_Mixin):
             check_bits(bits, f"module_bits[{name!r}]")
         _one_of("granularity", self.granularity, ("network", "layer", "channel"))
         _one_of("method", self.method, ("data_free", "nupes", "adaround"))
-        if self.group_size is not None and (isinstance(self.group_size, bool) or not self.group_size >= 1):
-            raise ValueError(f"group_size must be a positive whole number or None, got {self.group_size!r}")
+        for name, bits in self.quantized.items():
+            check_bits(bits, f"quantized[{name!r}]")
+        if self.group_size is not None:
+            _positive_whole("group_size", self.group_size, " or None")
         if isinstance(self.exponent, str):
             _one_of("exponent", self.exponent, ("search", "learn"))
             if self.exponent == "learn" and self.method != "nupes":
                 raise ValueError(f"exponent='learn' needs method='nupes', got method={self.method!r}")
         else:
-            check_exponent(self.exponent, "exponent")
+            self.exponent = _exponent("exponent", self.exponent)
         if not self.learn_codes and (self.method != "nupes" or self.exponent != "learn"):
             raise ValueError("learn_codes=False needs method='nupes' and exponent='learn', else nothing is learned")
         if self.act_exponent is not None:
-            check_exponent(self.act_exponent, "act_exponent")
+            self.act_exponent = _exponent("act_exponent", self.act_exponent)
         if self.integer_only:
             self._check_integer_only()
-        if self.steps < 1 or self.batch_size < 1:
-            raise ValueError(f"steps and batch_size must be at least 1, got {self.steps} and {self.batch_size}")
+        _positive_whole("steps", self.steps)
+        _positive_whole("batch_size", self.batch_size)
+        for name, rate in (("lr_codes", self.lr_codes), ("lr_exponent", self.lr_exponent)):
+            if not (0 <= rate < math.inf):
+                raise ValueError(f"{name} must be finite and at least 0, got {rate}")
+        if not (0 < self.p < math.inf):
+            raise ValueError(f"p must be finite and above 0, got {self.p}")
 
     def _check_integer_only(self) -> None:
         if self.exponent == "learn" or self.granularity == "channel":
@@ -108,7 +117,7 @@ class PowerQuantConfig(_Mixin):
                 "granularity 'network' or 'layer'"
             )
         for name, a in (("exponent", self.exponent), ("act_exponent", self.act_exponent)):
-            if isinstance(a, (int, float)) and self.lut_bits is None and not float(inverse_power(a)).is_integer():
+            if isinstance(a, float) and self.lut_bits is None and not float(inverse_power(a)).is_integer():
                 raise ValueError(f"integer_only needs {name} 1/k (1, 0.5, 1/3, …) or lut_bits=, got {a}")
 
     def bits_of(self, name: str) -> int:
@@ -151,6 +160,19 @@ class PowerQuantConfig(_Mixin):
         made = cls(**values)
         unused = {key: value for key, value in kwargs.items() if key not in known}
         return (made, unused) if return_unused_kwargs else made
+
+
+def _positive_whole(name: str, value: object, otherwise: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number above 0{otherwise}, got {value!r}")
+
+
+def _exponent(name: str, value: Any) -> float:
+    # float32 numbers of numpy are no Python floats
+    check_exponent(value, name)
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be one number, got {type(value).__name__}; exponents by channel are searched")
+    return float(value)
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -74,6 +74,11 @@ def attach(model: nn.Module, config: PowerQuantConfig) -> None:
     model.config.quantization_config = config  # type: ignore[union-attr]
 
 
+def detach(model: nn.Module) -> None:
+    """Make it a float model again for transformers, so that it is saved as one."""
+    PowerHfQuantizer.remove_quantization_config(model, model)
+
+
 def register() -> None:
     """Make the method known to transformers; doing it twice changes nothing."""
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING["power"] = PowerQuantConfig

@@ -30,6 +30,9 @@ __all__ = ["PowerActivation", "PowerConv", "PowerLayer", "PowerLinear", "float_w
 DECODED_AT_ONCE = 2**18
 """Weights that are decoded at a time for a product: 1 MiB in float32, which a core's cache holds."""
 
+FEW_INPUTS = 64
+"""Up to so many input vectors a weight is decoded in pieces; for more, one large product is faster."""
+
 
 def _bits_of_float(a: Tensor) -> Tensor:
     # kept as the bits of a float32 in an int32, so that model.half() and dtype= cannot change an exponent
@@ -42,8 +45,14 @@ def _is_hf_conv1d(module: nn.Module) -> bool:
 
 
 def is_quantizable(module: nn.Module) -> bool:
-    """Whether there is a quantized layer for this very type; a subclass may compute something else."""
-    return type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d) or _is_hf_conv1d(module)
+    """Whether there is a quantized layer for this very type and its weight; a subclass may compute something else.
+
+    A weight without numbers has nothing to quantize, and one that is computed from other parameters (weight norm, a
+    pruning mask) is made anew at each call.
+    """
+    known = type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d) or _is_hf_conv1d(module)
+    weight = module._parameters.get("weight")
+    return known and weight is not None and weight.numel() > 0
 
 
 def float_weight(module: nn.Module) -> Float[Tensor, "out ..."]:
@@ -56,6 +65,8 @@ def float_weight(module: nn.Module) -> Float[Tensor, "out ..."]:
 class PowerActivation(nn.Module):
     """Inputs on a power grid, one scale for the tensor; the gradient passes straight through.
 
+    Scale and exponent are float32 numbers kept as their bits, so that no cast of the model moves the grid.
+
     Args:
         a: exponent.
         bits: 2 to 8.
@@ -63,7 +74,7 @@ class PowerActivation(nn.Module):
         signed: ``False`` for inputs that are never negative.
     """
 
-    scale: Tensor
+    scale_bits: Tensor
     exponent_bits: Tensor
     levels: Tensor
 
@@ -73,9 +84,14 @@ class PowerActivation(nn.Module):
         n = largest_code(bits, signed)
         if not (0 < scale < float("inf")):
             raise ValueError(f"scale must be finite and above 0, got {scale}")
-        self.register_buffer("scale", torch.tensor([scale]))
+        self.register_buffer("scale_bits", _bits_of_float(torch.tensor([float(scale)])))
         self.register_buffer("exponent_bits", _bits_of_float(torch.tensor([float(a)])))
         self.register_buffer("levels", torch.tensor([n, int(signed)], dtype=torch.int32))
+
+    @property
+    def scale(self) -> Float[Tensor, " one"]:
+        """Largest magnitude, float32."""
+        return self.scale_bits.view(torch.float32)
 
     def exponent(self) -> float:
         """The exponent."""
@@ -90,10 +106,11 @@ class PowerActivation(nn.Module):
 
     def forward(self, x: Float[Tensor, ...]) -> Float[Tensor, ...]:
         """x on the grid."""
-        n, signed = self.levels.tolist()
+        # all of it as tensors: a number read from one would break a compiled graph
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        a = torch.tensor(self.exponent(), dtype=wide.dtype, device=x.device)
-        return PowerFakeQuantize.apply(wide, a, self.scale.to(wide.dtype), n, bool(signed)).to(x.dtype)
+        n, signed = self.levels.to(wide.dtype)
+        scale, a = self.scale.to(wide.dtype), self.exponent_bits.view(torch.float32).to(wide.dtype)
+        return PowerFakeQuantize.apply(wide.clamp(-signed * scale, scale), a, scale, n, True).to(x.dtype)
 
 
 class PowerLayer(nn.Module):
@@ -124,10 +141,12 @@ class PowerLayer(nn.Module):
         integer_only: bool,
     ) -> None:
         super().__init__()
-        self.shape, self.bits, self.group_size = tuple(shape), bits, group_size
+        self.shape, self.bits = tuple(shape), bits
         self.lut_bits, self.integer_only = lut_bits, integer_only
         self.columns = int(torch.Size(shape[1:]).numel())
-        groups = 1 if group_size is None else -(-self.columns // group_size)
+        # a group of all columns is a channel
+        self.group_size = group_size if group_size is not None and group_size < self.columns else None
+        groups = 1 if self.group_size is None else -(-self.columns // self.group_size)
         self.register_buffer("codes", torch.zeros(shape[0], packed_bytes(self.columns, bits), dtype=torch.uint8))
         self.register_buffer("scale", torch.ones(shape[0], groups, dtype=dtype))
         self.register_buffer("exponent_bits", _bits_of_float(torch.ones(exponents)))
@@ -173,7 +192,8 @@ class PowerLayer(nn.Module):
         table = self._table().to(dtype)
         index = unpack_codes(self.codes, self.bits, self.columns)
         if len(table) == 1:
-            return torch.take(table[0], index.long())
+            # a table of 32-bit places is half the traffic of one of 64
+            return table[0].index_select(0, index.flatten().int()).view(index.shape)
         return table.gather(1, index.long())
 
     def dequantized_weight(self, dtype: torch.dtype | None = None) -> Float[Tensor, "out ..."]:
@@ -241,8 +261,8 @@ class PowerLinear(PowerLayer):
 
     - bfloat16 inputs on CPU without gradients, one scale a channel, and a table of int8 numbers (exponent 1/k with
       n^k <= 127, or ``lut_bits=8``): torch's own int8 kernel on the expanded numbers, one byte a weight in memory.
-    - CPU without gradients, 2, 4 or 8 bits, one exponent: a byte is decoded at a time, a few rows of the weight at a
-      time, so that no dense weight is held.
+    - CPU without gradients, 2, 4 or 8 bits, one exponent, at most 64 input vectors: a byte is decoded at a time, a few
+      rows of the weight at a time, so that no dense weight is held.
     - ``integer_only`` with an input quantizer: integers times integers, exact, then one scale.
 
     Shapes: (…, in) to (…, out).
@@ -265,7 +285,10 @@ class PowerLinear(PowerLayer):
 
     @classmethod
     def from_float(cls, linear: nn.Module, config: PowerQuantConfig, exponent: Tensor | float | None = None) -> Any:
-        """Quantize a linear module to nearest; ``exponent`` None follows the configuration."""
+        """Quantize a linear module to nearest; ``exponent`` None follows the configuration.
+
+        The weight alone: what needs calibration data (``act_bits``, learning) is for ``quantize_model``.
+        """
         return _from_float(cls, linear, config, exponent)
 
     @property
@@ -294,9 +317,12 @@ class PowerLinear(PowerLayer):
                 self._int8 = found[0].to(torch.int8), (self.scale[:, 0].double() / found[1]).to(torch.bfloat16)
         return self._int8
 
-    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+    def forward(self, input: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """x W^T + b with the decoded W."""
-        if self.integer_only and self.input_quantizer is not None and self.learning is None:
+        x = input
+        # whole numbers have no gradient: where one is wanted, the float product of the same numbers gives it
+        wanted = torch.is_grad_enabled() and x.requires_grad
+        if self.integer_only and self.input_quantizer is not None and self.learning is None and not wanted:
             return self._integer_forward(x)
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
@@ -309,8 +335,9 @@ class PowerLinear(PowerLayer):
         if fits and not torch.compiler.is_compiling() and (expanded := self._int8_weight()) is not None:
             flat = x.reshape(-1, self.columns).contiguous()
             y = torch._weight_int8pack_mm(flat, *expanded).view(*x.shape[:-1], self.shape[0])
-            return y if self.bias is None else y + self.bias
-        by_rows = x.device.type == "cpu" and self.learning is None and not torch.is_grad_enabled()
+            return y if self.bias is None else y + self.bias.to(y.dtype)
+        few = x.numel() <= FEW_INPUTS * self.columns
+        by_rows = few and x.device.type == "cpu" and self.learning is None and not torch.is_grad_enabled()
         if by_rows and not torch.compiler.is_compiling() and (table := self._byte_table(x.dtype)) is not None:
             return self._product_by_rows(x, table)
         return F.linear(x, self.dequantized_weight(x.dtype), self.bias)
@@ -322,8 +349,8 @@ class PowerLinear(PowerLayer):
         word = words.get(per_byte * torch.finfo(dtype).bits // 8)
         if 8 % self.bits or len(self.exponent) > 1 or word is None:
             return None
-        # the code 2^b - 1 is never stored
-        table = F.pad(self._table()[0].to(dtype), (0, 1))
+        # the code 2^b - 1 is never stored; in a damaged file it shows as NaN
+        table = F.pad(self._table()[0].to(dtype), (0, 1), value=float("nan"))
         byte = torch.arange(256)[:, None] >> (self.bits * torch.arange(per_byte))
         return table[byte & (2**self.bits - 1)].view(word)[:, 0]
 
@@ -345,8 +372,9 @@ class PowerLinear(PowerLayer):
                 weight *= m.index_select(1, group)
             parts.append(F.linear(inputs, weight))
         y = torch.cat(parts, 1)
-        y = (y if group is not None else y * scale[:, 0]).view(*x.shape[:-1], self.shape[0])
-        return y if self.bias is None else y + self.bias
+        # under autocast the product is of another dtype than the input
+        y = (y if group is not None else y * scale[:, 0].to(y.dtype)).view(*x.shape[:-1], self.shape[0])
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def integer_accumulators(self, x: Float[Tensor, "*batch in"]) -> tuple[Tensor, Tensor]:
         """Exact whole numbers of the product: (…, groups, out), and the factor (…, groups, out) that scales them.
@@ -406,8 +434,6 @@ class PowerConv(PowerLayer):
     def like(cls, module: nn.Module, bits: int, config: PowerQuantConfig) -> PowerConv:
         """An empty layer in the place of a convolution."""
         assert isinstance(module, (nn.Conv1d, nn.Conv2d))
-        if config.integer_only and config.act_bits is not None:
-            raise ValueError("integer_only with act_bits is for linear layers; leave convolutions out by skip_modules=")
         weight = module.weight
         exponents = weight.shape[0] if config.granularity == "channel" else 1
         made = cls(
@@ -426,8 +452,18 @@ class PowerConv(PowerLayer):
         return made.to(weight.device)
 
     @classmethod
+    def check(cls, module: nn.Module, name: str, bits: int, a: Tensor, config: PowerQuantConfig) -> None:
+        """Raise for what cannot be quantized, naming the layer."""
+        super().check(module, name, bits, a, config)
+        if config.integer_only and config.act_bits is not None:
+            raise ValueError(
+                f"layer {name!r}: integer_only with act_bits is for linear layers; leave convolutions out by "
+                "skip_modules="
+            )
+
+    @classmethod
     def from_float(cls, conv: nn.Module, config: PowerQuantConfig, exponent: Tensor | float | None = None) -> Any:
-        """Quantize a convolution to nearest; ``exponent`` None follows the configuration."""
+        """Quantize a convolution to nearest, its weight alone; ``exponent`` None follows the configuration."""
         return _from_float(cls, conv, config, exponent)
 
     stride: tuple[int, ...]
@@ -437,8 +473,9 @@ class PowerConv(PowerLayer):
     padding_mode: str
     reversed_padding: tuple[int, ...]
 
-    def forward(self, x: Float[Tensor, ...]) -> Float[Tensor, ...]:
+    def forward(self, input: Float[Tensor, ...]) -> Float[Tensor, ...]:
         """The convolution with the decoded weight."""
+        x = input
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
         convolve: Any = F.conv1d if len(self.shape) == 3 else F.conv2d
@@ -461,6 +498,11 @@ def _from_float(cls: Any, module: nn.Module, config: PowerQuantConfig, exponent:
         a = choose_exponents({name: module}, config)[name]
     else:
         a = torch.as_tensor(exponent, dtype=torch.float64).reshape(-1)
+        allowed = {1, len(float_weight(module))} if config.granularity == "channel" else {1}
+        if len(a) not in allowed:
+            raise ValueError(
+                f"exponent must be {sorted(allowed)} numbers, got {len(a)}; for one a channel use granularity='channel'"
+            )
     cls.check(module, name, config.weight_bits, a, config)
     made = cls.like(module, config.weight_bits, config)
     made.quantize_(module, a)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from torchgraft.compression.nupes.layers import (
     layer_class,
 )
 from torchgraft.compression.nupes.quantizer import check_finite
-from torchgraft.compression.nupes.reconstruct import Call, Reconstruction, first_tensor, reconstruct_block
+from torchgraft.compression.nupes.reconstruct import Call, Reconstruction, first_tensor, fresh, reconstruct, still
 from torchgraft.compression.nupes.search import search_exponent
 
 __all__ = [
@@ -105,11 +107,23 @@ def choose_exponents(modules: Mapping[str, nn.Module], config: PowerQuantConfig)
 
 def _batches(calibration: Any, batch_size: int) -> list[Any]:
     if isinstance(calibration, Tensor):
-        return list(calibration.split(batch_size))
-    return list(calibration)
+        return list(calibration.split(batch_size)) if calibration.numel() else []
+    if isinstance(calibration, Mapping) or not isinstance(calibration, Iterable):
+        raise TypeError(
+            "calibration must be a tensor (N, …) or batches of inputs, such as a list of one batch: [batch]; got one "
+            f"{type(calibration).__name__}"
+        )
+    batches = list(calibration)
+    odd = {type(b).__name__ for b in batches if not isinstance(b, (Tensor, Mapping, tuple, list))}
+    if odd:
+        raise TypeError(
+            f"batches of calibration must be tensors, tuples of arguments or mappings of keyword arguments, got {odd}"
+        )
+    return batches
 
 
 def _run(model: nn.Module, batch: Any) -> Any:
+    batch = fresh(batch)
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
@@ -118,31 +132,12 @@ def _run(model: nn.Module, batch: Any) -> Any:
 def _run_all(model: nn.Module, batches: Sequence[Any], handles: Sequence[Any]) -> None:
     """Every batch through the model with its hooks on; they go afterwards, also after an exception."""
     try:
-        with _still(model):
+        with still(model):
             for batch in batches:
                 _run(model, batch)
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _still(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, no cache of keys and values; restored at the end."""
-    modes = {module: module.training for module in model.modules()}
-    settings = getattr(model, "config", None)
-    cache = getattr(settings, "use_cache", None)
-    model.eval()
-    if cache:
-        settings.use_cache = False  # type: ignore[union-attr]
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        if cache:
-            settings.use_cache = cache  # type: ignore[union-attr]
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def input_ranges(
@@ -151,16 +146,16 @@ def input_ranges(
     """Largest magnitude of each module's input over calibration batches, and whether it was ever negative."""
     seen: dict[str, tuple[float, bool]] = {}
 
-    def watch(name: str) -> Callable[[nn.Module, Any], None]:
-        def hook(_: nn.Module, args: Any) -> None:
-            x = args[0].detach()
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+            x = (args[0] if args else next(iter(kwargs.values()))).detach()
             check_finite(x, f"input of layer {name!r}")
             largest, negative = seen.get(name, (0.0, False))
             seen[name] = max(largest, float(x.abs().max())), negative or bool((x < 0).any())
 
         return hook
 
-    handles = [module.register_forward_pre_hook(watch(name)) for name, module in modules.items()]
+    handles = [module.register_forward_pre_hook(watch(name), with_kwargs=True) for name, module in modules.items()]
     _run_all(model, batches, handles)
     unseen = [name for name in modules if name not in seen]
     if unseen:
@@ -170,6 +165,58 @@ def input_ranges(
     return {name: (largest or 1.0, negative) for name, (largest, negative) in seen.items()}
 
 
+def _refuse_nothing(model: nn.Module, config: PowerQuantConfig) -> None:
+    kind = type(model).__name__
+    if is_quantizable(model):
+        raise surgery.NothingMatchedError(
+            f"the model itself is a {kind}, and a module cannot be replaced inside itself; use "
+            "PowerLinear.from_float or PowerConv.from_float, or wrap it in nn.Sequential"
+        )
+    held = [name for name, module in model.named_modules() if is_quantizable(module)]
+    if held:
+        raise surgery.NothingMatchedError(
+            f"nothing to quantize in {kind}: {held[:8]} are named by skip_modules={config.skip_modules}, share their "
+            "weight with another module, or lie inside nn.MultiheadAttention"
+        )
+    kinds = Counter(type(module).__name__ for module in model.modules() if module is not model)
+    has = ", ".join(f"{name} ({count})" for name, count in kinds.most_common(8)) or "no submodules"
+    raise surgery.NothingMatchedError(
+        f"nothing to quantize in {kind}: no nn.Linear, nn.Conv1d, nn.Conv2d or Conv1D with a weight of its own; it has "
+        f"{has}"
+    )
+
+
+def _check_model(model: nn.Module, config: PowerQuantConfig, modules: Mapping[str, nn.Module]) -> None:
+    """Raise for what would go wrong later, or silently; everything is still as it was."""
+    done = [name for name, module in model.named_modules() if isinstance(module, PowerLayer)]
+    if done:
+        raise ValueError(
+            f"{len(done)} layers are quantized already ({done[:4]} …); give all settings at once, bits of single "
+            "layers by module_bits=, or take it back by dequantize_model first"
+        )
+    if not modules:
+        _refuse_nothing(model, config)
+    unknown = sorted(set(config.module_bits) - set(modules))
+    if unknown:
+        raise ValueError(f"module_bits names {unknown}, which are not quantized here; there are {list(modules)}")
+    names = [name for name, _ in model.named_modules()]
+    usual = PowerQuantConfig().skip_modules
+    idle = [s for s in config.skip_modules if s not in usual and not any(n == s or n.endswith(f".{s}") for n in names)]
+    if idle:
+        warnings.warn(f"skip_modules names {idle}, which this model does not have", UserWarning, stacklevel=4)
+    if config.act_bits is not None:
+        outer = [n for n, m in model.named_modules() if isinstance(m, nn.TransformerEncoderLayer)]
+        inside = [n for n in modules if any(n.startswith(f"{o}.") or not o for o in outer)]
+        if inside:
+            raise ValueError(
+                f"act_bits cannot be kept in layers {inside}: the fast path of nn.TransformerEncoderLayer reads their "
+                "weights and passes their inputs by; use act_bits=None or skip_modules="
+            )
+    for name, module in modules.items():
+        check_finite(float_weight(module), f"weight of layer {name!r}")
+
+
+@torch.inference_mode(False)
 def quantize_model(
     model: nn.Module,
     config: PowerQuantConfig,
@@ -181,8 +228,9 @@ def quantize_model(
     """Replace the linear and convolution layers of a model by quantized ones, in place.
 
     nn.Linear, nn.Conv1d, nn.Conv2d and transformers' Conv1D are replaced wherever they stand, except those that
-    ``skip_modules`` names, those inside ``nn.MultiheadAttention`` (which reads their weights itself), and those whose
-    weight is shared with another module (tied embeddings). ``summary(model)`` lists what was quantized; the
+    ``skip_modules`` names, those inside ``nn.MultiheadAttention`` (which reads their weights itself), those whose
+    weight is shared with another module (tied embeddings), computed from other parameters (weight norm,
+    parametrizations, pruning masks) or empty. ``summary(model)`` lists what was quantized; the
     configuration with the names filled in is ``model.power_quant_config``. A transformers model can be saved by
     ``save_pretrained`` afterwards.
 
@@ -200,16 +248,12 @@ def quantize_model(
 
     Raises:
         ValueError: for NaN or infinite weights, exponents that the settings do not allow (naming the layer), missing
-            calibration data, unknown names in ``module_bits``, or nothing to quantize. The model is then as it was.
+            calibration data, ranges that are no ranges, unknown names in ``module_bits``, layers that are quantized
+            already, or nothing to quantize.
+        TypeError: for calibration data that are no batches. Whatever is raised, the model is as it was.
     """
     modules = _targets(model, config)
-    if not modules:
-        surgery.replace(model, lambda name, module: False, lambda old: old)  # raises, and says what the model has
-    unknown = sorted(set(config.module_bits) - set(modules))
-    if unknown:
-        raise ValueError(f"module_bits names {unknown}, which are not quantized here; there are {list(modules)}")
-    for name, module in modules.items():
-        check_finite(float_weight(module), f"weight of layer {name!r}")
+    _check_model(model, config, modules)
     learns = config.method != "data_free"
     if calibration is None and (learns or (config.act_bits is not None and input_range is None)):
         raise ValueError(
@@ -233,6 +277,8 @@ def quantize_model(
             if name not in ranges:
                 raise ValueError(f"input_range has no layer {name!r}; it has {sorted(ranges)}")
             largest, negative = ranges[name]
+            if not 0 < largest < float("inf"):
+                raise ValueError(f"input_range[{name!r}] must be finite and above 0, got {largest}")
             a = config.act_exponent if config.act_exponent is not None else float(exponents[name][0])
             layer.input_quantizer = PowerActivation(a, config.act_bits, largest, signed=negative).to(layer.scale.device)
         made[id(module)] = layer
@@ -253,10 +299,16 @@ def quantize_model(
 
 def _remember(model: nn.Module, config: PowerQuantConfig) -> None:
     model.power_quant_config = config
-    if hasattr(model, "save_pretrained") and hasattr(model, "config"):
+    if _is_pretrained(model):
         from torchgraft.compression.nupes.hf import attach
 
         attach(model, config)
+
+
+def _is_pretrained(model: nn.Module) -> bool:
+    """Whether this is a model of transformers, which is imported already where it is."""
+    library = sys.modules.get("transformers")
+    return library is not None and isinstance(model, library.PreTrainedModel)
 
 
 def prepare_model(model: nn.Module, config: PowerQuantConfig) -> nn.Module:
@@ -289,7 +341,7 @@ def prepare_model(model: nn.Module, config: PowerQuantConfig) -> nn.Module:
             layer.input_quantizer = PowerActivation(1.0, config.act_bits, 1.0).to(layer.scale.device)
         made[id(module)] = layer
     surgery.replace(model, lambda name, module: id(module) in made, lambda old: made[id(old)])
-    model.power_quant_config = config
+    _remember(model, config)
     return model
 
 
@@ -330,7 +382,7 @@ def _calls(model: nn.Module, unit: nn.Module, batches: Sequence[Any]) -> list[Ca
 
     handle = unit.register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        with _still(model):
+        with still(model):
             for batch in batches:
                 with suppress(_Stop):
                     _run(model, batch)
@@ -378,7 +430,7 @@ class _Plan:
         missed = [unit for unit in units if unit not in calls]
         if missed:
             warnings.warn(
-                f"calibration data never reached {missed}; they are rounded to nearest", UserWarning, stacklevel=3
+                f"calibration data never reached {missed}; they are rounded to nearest", UserWarning, stacklevel=4
             )
         return cls(list(calls), batches, calls, outputs)
 
@@ -396,16 +448,13 @@ class _Plan:
         for number, unit in enumerate(self.units):
             block = model.get_submodule(unit)
             calls = self._inputs(model, block, unit, before)
-            with _still(model), torch.enable_grad():
-                history[unit] = reconstruct_block(
-                    _Floats({name.removeprefix(f"{unit}.") if name != unit else "": module for name, module in
-                             floats.items() if name == unit or name.startswith(f"{unit}.")}),
-                    block, calls, config.steps, config.lr_codes, config.lr_exponent, targets=self.outputs[unit],
-                    method="adaround" if config.method == "adaround" else "nupes", learn_codes=config.learn_codes,
-                    learn_exponent=config.exponent == "learn", seed=config.seed + number,
-                )  # fmt: skip
-            with _still(model):
-                before = [first_tensor(block(*args, **kwargs)) for args, kwargs in calls]
+            history[unit], before = reconstruct(
+                _Floats({name.removeprefix(f"{unit}.") if name != unit else "": module for name, module in
+                         floats.items() if name == unit or name.startswith(f"{unit}.")}),
+                block, calls, config.steps, config.lr_codes, config.lr_exponent, self.outputs[unit],
+                "adaround" if config.method == "adaround" else "nupes", config.learn_codes,
+                config.exponent == "learn", config.seed + number, None,
+            )  # fmt: skip
             if progress is not None:
                 progress(number + 1, len(self.units), unit)
         return history
@@ -420,7 +469,7 @@ class _Plan:
 
 
 class _Floats(nn.Module):
-    """The float layers of a block by name, as ``reconstruct_block`` looks them up."""
+    """The float layers of a block by name, as ``reconstruct`` looks them up."""
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -461,6 +510,11 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
         return made
 
     surgery.replace(model, PowerLayer, plain)
-    if hasattr(model, "power_quant_config"):
-        del model.power_quant_config
+    for left in ("power_quant_config", "power_quant_history"):
+        if hasattr(model, left):
+            delattr(model, left)
+    if _is_pretrained(model):
+        from torchgraft.compression.nupes.hf import detach
+
+        detach(model)
     return model

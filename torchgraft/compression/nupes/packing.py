@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Int8, UInt8
 from torch import Tensor
 
-from torchgraft.compression.nupes.quantizer import largest_code
+from torchgraft.compression.nupes.quantizer import check_bits, largest_code
 
 __all__ = ["pack_codes", "packed_bytes", "unpack_codes"]
 
@@ -32,21 +32,22 @@ def pack_codes(codes: Int8[Tensor, "rows columns"], bits: int) -> UInt8[Tensor, 
         [[-3, 0, 1, 3, 2]]
     """
     n = largest_code(bits)
-    if codes.numel() and int(codes.long().abs().max()) > n:
-        raise ValueError(f"codes reach {int(codes.long().abs().max())}, but {bits} bits end at {n}")
+    reach = max(int(codes.max()), -int(codes.min())) if codes.numel() else 0
+    if reach > n:
+        raise ValueError(f"codes reach {reach}, but {bits} bits end at {n}")
     rows, columns = codes.shape
     run = -(-columns // 8)
-    padded = torch.full((rows, 8 * run), n, dtype=torch.int64, device=codes.device)
-    padded[:, :columns] = codes.long() + n
-    shifts = bits * torch.arange(8, device=codes.device)
-    # distinct bits, so that the sum is their union; 8 codes of 8 bits fill all 64, the sign bit included
-    word = (padded.view(rows, 8, run) << shifts[:, None]).sum(1)
-    parts = [(word >> (8 * t)) & 255 for t in range(bits)]
-    return torch.stack(parts, 1).to(torch.uint8).flatten(1)
+    padded = torch.nn.functional.pad(codes, (0, 8 * run - columns))
+    # 8 codes of 8 bits fill all 64, the sign bit included
+    word = torch.zeros(rows, run, dtype=torch.int64, device=codes.device)
+    for place, part in enumerate(padded.unflatten(1, (8, run)).unbind(1)):
+        word |= (part.long() + n) << (bits * place)
+    return torch.stack([((word >> (8 * t)) & 255).to(torch.uint8) for t in range(bits)], 1).flatten(1)
 
 
 def unpack_codes(packed: UInt8[Tensor, "rows bytes"], bits: int, columns: int) -> UInt8[Tensor, "rows columns"]:
     """The codes of ``pack_codes``, as q + n (so that they index a table of levels)."""
+    check_bits(bits)
     if packed.shape[1] != packed_bytes(columns, bits):
         raise ValueError(
             f"packed has {packed.shape[1]} bytes a row, but {columns} codes of {bits} bits take "

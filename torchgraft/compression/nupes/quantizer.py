@@ -7,6 +7,7 @@ u = |x| / m, y = n u^a the code before rounding, U = (|q| / n)^(1/a) the decoded
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -36,16 +37,27 @@ def check_bits(bits: int, where: str = "bits") -> None:
 
 def check_exponent(a: Exponent, where: str = "a") -> None:
     """Raise unless every exponent is finite and positive."""
+    if isinstance(a, bool) or not isinstance(a, (numbers.Real, Tensor)):
+        raise TypeError(f"{where} must be a number or a tensor of numbers, got {a!r}")
     values = a if isinstance(a, Tensor) else None
     good = math.isfinite(a) and a > 0 if values is None else bool((torch.isfinite(values) & (values > 0)).all())
     if not good:
         raise ValueError(f"{where} must be finite and above 0 (1 is the uniform grid), got {a}")
 
 
+def check_scale(scale: Tensor | float) -> None:
+    """Raise unless every scale is finite and positive."""
+    values = torch.as_tensor(scale)
+    if not bool((torch.isfinite(values) & (values > 0)).all()):
+        raise ValueError("scale must be finite and above 0 everywhere; use 1 for a channel of zeros")
+
+
 def check_finite(x: Tensor, where: str) -> None:
-    """Raise for NaN or infinity."""
+    """Raise for NaN or infinity, or where there are no values to look at."""
     if not x.is_floating_point():
         raise TypeError(f"{where} must be a floating-point tensor, got {x.dtype}")
+    if x.is_meta:
+        raise ValueError(f"{where} is on the meta device and has no values; load it first")
     if not bool(torch.isfinite(x).all()):
         bad = int((~torch.isfinite(x)).sum())
         raise ValueError(f"{where} has {bad} NaN or infinite values of {x.numel()}; quantize finite weights")
@@ -82,6 +94,8 @@ def absmax_scale(x: Float[Tensor, ...], channel_dim: int | None = 0) -> Float[Te
 
     The scale is a value of ``x`` itself, so it is exact in the dtype of ``x``.
     """
+    if channel_dim is not None and not -x.ndim <= channel_dim < x.ndim:
+        raise ValueError(f"channel_dim must be one of the {x.ndim} dimensions of x or None, got {channel_dim}")
     if channel_dim is None:
         m = x.abs().amax().reshape([1] * x.ndim)
     else:
@@ -91,9 +105,13 @@ def absmax_scale(x: Float[Tensor, ...], channel_dim: int | None = 0) -> Float[Te
 
 def encode(x: Tensor, a: Exponent, n: int, scale: Tensor) -> Tensor:
     """n sign(x) (|x| / m)^a before rounding, at most n in magnitude; nothing is checked."""
-    x, scale = x.to(_wide(x.dtype)), scale.to(_wide(x.dtype))
-    a = a.to(x.dtype) if isinstance(a, Tensor) else a
-    return n * x.sign() * (x.abs() / scale).clamp(max=1.0).pow(a)
+    x, scale = x.detach().to(_wide(x.dtype)), scale.detach().to(_wide(x.dtype))
+    a = a.detach().to(x.dtype) if isinstance(a, Tensor) else a
+    # in place, since memory is what this waits for; powers of 1 are what they are without one
+    u = (x.abs() / scale).clamp_(max=1.0)
+    plain = bool((a == 1).all()) if isinstance(a, Tensor) else a == 1
+    u = u if plain else u.pow(a)
+    return u.mul_(n).copysign_(x)
 
 
 def power_quantize(
@@ -123,8 +141,8 @@ def power_quantize(
         Codes (int8; uint8 when unsigned) and the scale, which is 1 for a channel of zeros.
 
     Raises:
-        ValueError: for bits or exponents out of range, NaN or infinity, scales that are not positive, or negative
-            values with ``signed=False``.
+        ValueError: for bits or exponents out of range, NaN or infinity, scales that are not positive, a dimension
+            that ``x`` does not have, or negative values with ``signed=False``.
 
     Example:
         >>> x = torch.tensor([[0.02, -0.1, 0.5, -1.0]])
@@ -138,8 +156,8 @@ def power_quantize(
         raise ValueError("x has negative values; unsigned codes need x >= 0, use signed=True")
     if scale is None:
         scale = absmax_scale(x, channel_dim)
-    elif not bool((torch.isfinite(scale) & (scale > 0)).all()):
-        raise ValueError("scale must be finite and above 0 everywhere; use 1 for a channel of zeros")
+    else:
+        check_scale(scale)
     return encode(x, a, n, scale).round().to(torch.int8 if signed else torch.uint8), scale
 
 
@@ -182,12 +200,13 @@ def power_dequantize(
         dtype: of the result.
 
     Raises:
-        ValueError: for bits or exponents out of range, or codes beyond them.
+        ValueError: for bits or exponents out of range, codes beyond them, or scales that are not positive.
         TypeError: for codes of another dtype.
     """
     if codes.dtype not in (torch.int8, torch.uint8):
         raise TypeError(f"codes must be int8 (signed) or uint8 (unsigned), got {codes.dtype}")
     check_exponent(a)
+    check_scale(scale)
     signed = codes.dtype == torch.int8
     n = largest_code(bits, signed)
     wide = codes.long()
@@ -257,25 +276,36 @@ class PowerDecode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, r: Tensor, a: Tensor, scale: Tensor, n: int) -> Tensor:
         """Decoded values; ``a`` and ``scale`` broadcast against ``r``."""
-        ctx.save_for_backward(r, a, scale)
+        base = r.abs() / n
+        unit = base.pow(1 / a)
+        sign = r.sign()
+        ctx.save_for_backward(sign, base, unit, a, scale)
         ctx.n = n
-        return scale * r.sign() * (r.abs() / n).pow(1 / a)
+        return scale * sign * unit
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients by r, a and the scale."""
-        (grad,), (r, a, scale), n = grads, ctx.saved_tensors, ctx.n
-        base = r.abs() / n
-        grad_r = grad * scale / (a * n) * base.clamp(min=0.5 / n).pow(1 / a - 1) if ctx.needs_input_grad[0] else None
-        grad_a = grad_m = None
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            unit = r.sign() * base.pow(1 / a)
-            if ctx.needs_input_grad[1]:
-                logarithm = torch.where(base > 0, base, torch.ones_like(base)).log()
-                grad_a = (-grad * scale * unit * logarithm / a**2).sum_to_size(a.shape)
-            if ctx.needs_input_grad[2]:
-                grad_m = (grad * unit).sum_to_size(scale.shape)
+        (grad,), (sign, base, unit, a, scale), n = grads, ctx.saved_tensors, ctx.n
+        grad_r = grad_a = grad_m = None
+        if ctx.needs_input_grad[0]:
+            # U / base is base^(1/a - 1): no second power for each weight
+            half = 0.5 / n
+            slope = torch.where(base > half, unit / base, (half * torch.ones_like(a)).pow(1 / a - 1))
+            grad_r = grad * scale / (a * n) * slope
+        if ctx.needs_input_grad[1]:
+            logarithm = torch.where(base > 0, base, torch.ones_like(base)).log()
+            grad_a = (-grad * scale * sign * unit * logarithm / a**2).sum_to_size(a.shape)
+        if ctx.needs_input_grad[2]:
+            grad_m = (grad * sign * unit).sum_to_size(scale.shape)
         return grad_r, grad_a, grad_m, None
+
+
+def power_round(x: Tensor, a: Tensor, scale: Tensor, n: int | Tensor, signed: bool = True) -> Tensor:
+    """D_a(Q_a(x)) without its gradients."""
+    u = (x.abs() / scale).clamp(max=1.0)
+    u = u if signed else u * (x > 0)
+    return scale * x.sign() * ((n * u.pow(a)).round() / n).pow(1 / a)
 
 
 class PowerFakeQuantize(torch.autograd.Function):
@@ -287,13 +317,11 @@ class PowerFakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, scale: Tensor, n: int, signed: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, a: Tensor, scale: Tensor, n: int | Tensor, signed: bool) -> Tensor:
         """Values on the grid; ``a`` and ``scale`` broadcast against ``x``. Unsigned grids hold negative x at 0."""
         ctx.save_for_backward(x, a, scale)
         ctx.n, ctx.signed = n, signed
-        u = (x.abs() / scale).clamp(max=1.0)
-        u = u if signed else u * (x > 0)
-        return scale * x.sign() * ((n * u.pow(a)).round() / n).pow(1 / a)
+        return power_round(x, a, scale, n, signed)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

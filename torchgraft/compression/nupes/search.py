@@ -25,7 +25,7 @@ __all__ = ["Granularity", "quantization_error", "search_exponent"]
 Granularity = Literal["network", "layer", "channel"]
 
 LOWEST, HIGHEST, STEP, FINE, TOLERANCE = 0.2, 1.2, 0.05, 0.005, 1e-3
-EXACT, BINS = 2**16, 2**13
+EXACT, BINS = 2**13, 2**13
 
 
 def rows_and_scales(
@@ -33,7 +33,7 @@ def rows_and_scales(
 ) -> tuple[Float[Tensor, "out groups size"], Float[Tensor, "out groups 1"]]:
     """A weight as groups (the last one padded by zeros) and the largest magnitude of each."""
     flat = weight.flatten(1)
-    size = flat.shape[1] if group_size is None else group_size
+    size = flat.shape[1] if group_size is None else min(group_size, flat.shape[1])
     grouped = torch.nn.functional.pad(flat, (0, -flat.shape[1] % size)).unflatten(1, (-1, size))
     m = grouped.abs().amax(2, keepdim=True)
     return grouped, torch.where(m > 0, m, torch.ones_like(m))
@@ -82,7 +82,8 @@ def _profile_error(profile: tuple[Tensor, Tensor], a: float, n: int, p: float) -
 def _least(error: Callable[[float], float]) -> float:
     """Two grids, then golden section about the best point; the best of all that were tried, 1 among them."""
     count = round((HIGHEST - LOWEST) / STEP)
-    tried = {a: error(a) for a in (round(LOWEST + STEP * i, 10) for i in range(count + 1))}
+    # 1 first: of equal errors (a weight of zeros, or of two values) the uniform grid is the plain choice
+    tried = {a: error(a) for a in (1.0, *(round(LOWEST + STEP * i, 10) for i in range(count + 1)))}
     best = min(tried, key=lambda a: tried[a])
     # of few weights e is jagged: golden section alone would stop in any of its notches
     near = round(STEP / FINE)
@@ -133,12 +134,14 @@ def _channels(weight: Tensor, bits: int, p: float, group_size: int | None) -> Te
 
 def named(weights: Iterable[Tensor] | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights by name; those of a plain iterable are named by their place."""
+    if isinstance(weights, (Tensor, torch.nn.Module)):
+        raise TypeError(f"weights must be several tensors, got one {type(weights).__name__}; give a list or a mapping")
     found = dict(weights) if isinstance(weights, Mapping) else {str(i): w for i, w in enumerate(weights)}
     if not found:
         raise ValueError("weights is empty; give at least one tensor")
     for name, weight in found.items():
-        if not isinstance(weight, Tensor) or weight.ndim < 2:
-            raise ValueError(f"weights[{name!r}] must be a tensor (out, …) of two or more dimensions")
+        if not isinstance(weight, Tensor) or weight.ndim < 2 or not weight.numel():
+            raise ValueError(f"weights[{name!r}] must be a tensor (out, …) of two or more dimensions, not empty")
         check_finite(weight, f"weight {name!r}")
     return found
 
@@ -155,7 +158,7 @@ def search_exponent(
 
     arXiv 2301.09858, section 3 (as recalled): e is locally convex about one minimum, and the paper searches it by
     Nelder-Mead. Here: the grid 0.2, 0.25, …, 1.2, steps of 0.005 about its best, then golden section to 1e-3; 1 is
-    always among the candidates, so the result is never worse than the uniform grid. A layer of more than 65,536
+    always among the candidates, so the result is never worse than the uniform grid. A layer of more than 8,192
     weights is searched on a histogram of |W| / m of 8,192 bins (each represented by its mean), so that an evaluation
     does not depend on its size.
 
@@ -172,7 +175,9 @@ def search_exponent(
         A number; or for ``"layer"`` a number by name; or for ``"channel"`` a tensor (out,) by name.
 
     Raises:
-        ValueError: for bits out of range, NaN or infinity, an empty list or a wrong granularity.
+        ValueError: for bits out of range, NaN or infinity, an empty list or weight, a wrong granularity, or candidates
+            that are no exponents.
+        TypeError: for one tensor or a module in the place of several tensors.
 
     Example:
         >>> w = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
@@ -186,9 +191,16 @@ def search_exponent(
         raise ValueError(f"p must be finite and above 0, got {p}")
     kept = named(weights)
     n = largest_code(bits)
+    allowed = None if candidates is None else list(candidates)
+    if allowed is not None:
+        if granularity == "channel" or not allowed:
+            raise ValueError(
+                f"candidates must be one or more exponents, for granularity 'network' or 'layer'; got {allowed} for "
+                f"{granularity!r}"
+            )
+        for a in allowed:
+            check_exponent(a, "candidates")
     if granularity == "channel":
-        if candidates is not None:
-            raise ValueError("candidates are for granularity 'network' and 'layer'")
         return {name: _channels(w.detach(), bits, p, group_size) for name, w in kept.items()}
     with torch.no_grad():
         profiles = {name: _profile(w.detach(), p, group_size) for name, w in kept.items()}
@@ -199,7 +211,7 @@ def search_exponent(
         def error(a: float) -> float:
             return sum(_profile_error(profile, a, n, p) for profile in chosen)
 
-        return _least(error) if candidates is None else min(candidates, key=error)
+        return _least(error) if allowed is None else min(allowed, key=error)
 
     if granularity == "network":
         return best(kept)
