@@ -123,8 +123,8 @@ def test_wrong_searches():
 
 def test_measured_numbers_come_from_the_record(tmp_path):
     longer = record() | {"command": "torchgraft run toy --scale long"}
-    block = measured_block([record(), longer], [{"name": "t", "command": "torchgraft bench t", "ours": "ours", "peer": "SDPA",
-                                       "cases": [{"ratio": 0.5}, {"ratio": 2.0}]}])  # fmt: skip
+    bench = {"name": "t", "command": "torchgraft bench t", "ours": "ours", "peer": "SDPA"}
+    block = measured_block([record(), longer], [{**bench, "cases": [{"ratio": 0.5}, {"ratio": 2.0}]}])
     assert block.count("| a | 51 ± 1.414 |") == 2
     assert block.index("`torchgraft run toy`") < block.index("`torchgraft run toy --scale long`")
     assert "| b beats a | 9.5 points | 3.1 … 15.9 | supported | 1 -> 2 |" in block

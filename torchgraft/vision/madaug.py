@@ -235,6 +235,8 @@ class MADAug:
         task_model: images to logits (B, classes), or to an output with ``logits``. Its features are the inputs of its
             last ``nn.Linear``.
         policy: see there; a trained one of another data set may be given, with ``frozen``.
+        feature_model: whose features the policy sees; ``task_model`` without it. A policy that moves to other data
+            takes the model along that it was trained with.
         ops: the operations.
         validation: batches ``(x, y)`` of held-out examples, gone through again and again (a ``DataLoader``); may be
             ``None`` for a frozen policy.
@@ -274,6 +276,7 @@ class MADAug:
         ops: AugmentationSpace,
         validation: Iterable[tuple[Tensor, Tensor]] | None,
         *,
+        feature_model: nn.Module | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         inner_lr: float | None = None,
         prepare: Callable[[Tensor], Tensor] | None = None,
@@ -308,7 +311,8 @@ class MADAug:
         if tau is not None:
             curriculum(0, tau)
         self.task_model, self.policy, self.ops = task_model, policy, ops
-        self.head = _last_linear(task_model)
+        self.feature_model = task_model if feature_model is None else feature_model
+        self.head = _last_linear(self.feature_model)
         if self.head.in_features != policy.feature_dim:
             raise ValueError(
                 f"policy takes {policy.feature_dim} features, task_model's last linear layer {self.head.in_features}"
@@ -325,12 +329,12 @@ class MADAug:
         self._validation = None if validation is None else _again_and_again(validation)
 
     def features(self, x: Tensor) -> Tensor:
-        """(B, D), of images in [0, 1] without operations, the task model in evaluation and without gradient."""
+        """(B, D), of images in [0, 1] without operations, the model in evaluation and without gradient."""
         found: list[Tensor] = []
         hook = self.head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
         try:
-            with _evaluation(self.task_model), torch.no_grad():
-                self.task_model(self.prepare(x))
+            with _evaluation(self.feature_model), torch.no_grad():
+                self.feature_model(self.prepare(x))
         finally:
             hook.remove()
         if len(found) != 1 or found[0].ndim != 2:
