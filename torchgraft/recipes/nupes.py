@@ -475,9 +475,12 @@ def figures(result: Result) -> Mapping[str, Figure]:
     figure = Figure(figsize=(13, 4.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     marks = dict(zip(_COLOURS, "so^DdvpP", strict=True))
+    quiet: Any = {"fontsize": 8, "color": "#777777"}
     bits = sorted({*config.bits, *config.learned_bits, 2}, reverse=True)
     for place, kind in enumerate(_COLOURS):
         held = [(i, f"resnet20 W{b} {kind}") for i, b in enumerate(bits) if f"resnet20 W{b} {kind}" in result.arms]
+        if not held:
+            continue
         values = [100 * result.values(arm, "accuracy") for _, arm in held]
         x = [i + 0.09 * (place - 3) for i, _ in held]
         for at, some in zip(x, values, strict=True):
@@ -486,7 +489,7 @@ def figures(result: Result) -> Mapping[str, Figure]:
         left.plot(x, means, marks[kind], color=_COLOURS[kind], label=kind, markersize=7, linestyle="none")
     reference = 100 * result.values(f"resnet20 {FLOAT}", "accuracy").mean()
     left.axhline(reference, color="#999999", linestyle=":", linewidth=1)
-    left.annotate("float", (len(bits) - 0.55, reference), fontsize=8, va="bottom", color="#777777")
+    left.text(0.98, reference, "float", transform=left.get_yaxis_transform(), ha="right", va="bottom", **quiet)
     left.set_xticks(range(len(bits)), [f"W{b}" for b in bits])
     left.set(ylabel="CIFAR-10 test accuracy, %", xlim=(-0.5, len(bits) - 0.5))
     left.set_title("resnet20; small dots: seeds of what is learned", fontsize=10)
@@ -505,7 +508,7 @@ def figures(result: Result) -> Mapping[str, Figure]:
         ax.set_xticks(range(len(groups)), [f"W{b}\n{s}" for b, s in groups], fontsize=8)
     plain = result.values(f"SmolLM2 {FLOAT}", "perplexity")[0]
     right.axhline(plain, color="#999999", linestyle=":", linewidth=1)
-    right.annotate("float", (-0.4, plain), fontsize=8, va="bottom", color="#777777")
+    right.text(0.01, plain, "float", transform=right.get_yaxis_transform(), va="bottom", **quiet)
     name = f"SmolLM2 W4 group of 64 {TORCHAO}"
     if name in result.arms:
         level = result.values(name, "perplexity")[0]
