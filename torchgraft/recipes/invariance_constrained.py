@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -217,7 +217,7 @@ def arms(config: Config) -> Mapping[str, Arm]:
                     prepare=prepared,
                 ).train(not fixed).to(config.device)  # fmt: skip
 
-            def loss(m: nn.Module, batch: Part) -> Tensor:
+            def loss(m: nn.Module, batch: Sequence[Tensor]) -> Tensor:
                 images, labels = batch[0].float() / 255, batch[1]
                 if constraint is not None:
                     info = constraint(m, images, labels)
@@ -278,7 +278,7 @@ def arms(config: Config) -> Mapping[str, Arm]:
         assert isinstance(data, datasets.Images)
         losses: list[float] = []
 
-        def loss(m: nn.Module, b: Part) -> Tensor:
+        def loss(m: nn.Module, b: Sequence[Tensor]) -> Tensor:
             info = constraint(m, b[0].float() / 255, b[1])
             losses.append(info.aug_loss.mean().item())
             return info.loss

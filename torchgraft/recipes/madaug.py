@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -221,7 +221,7 @@ def arms(config: Config) -> Mapping[str, Arm]:
                 made["madaug"] = MADAug(model, learnt[1], ops, None, feature_model=learnt[0], frozen=True, **shared)
             return found
 
-        def loss(m: nn.Module, batch: Part) -> Tensor:
+        def loss(m: nn.Module, batch: Sequence[Tensor]) -> Tensor:
             images, labels = cropped(batch[0].float() / 255), batch[1]
             epoch, made["at"] = epochs * made["at"] / steps, made["at"] + 1
             before = images
