@@ -98,10 +98,10 @@ class Config:
     network: Literal["cnn", "resnet32"] = "cnn"
     channels: tuple[int, ...] = (24, 48, 96, 96)
     stride: int = 2
-    steps: int = 900
+    steps: int = 420
     batch_size: int = 64
-    tune_steps: int = 200
-    learning_rates: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4)
+    tune_steps: int = 80
+    learning_rates: tuple[float, ...] = (0.025, 0.05, 0.1)
     schedule: Literal["one_cycle", "steps"] = "one_cycle"
     crop: bool = False
     points: int = 3
@@ -121,6 +121,7 @@ SCALES = {
         batch_size=8, tune_steps=1, learning_rates=(0.1,), points=2,
     ),
     "laptop": Config(),
+    "long": Config(steps=900, tune_steps=200, learning_rates=(0.05, 0.1, 0.2, 0.4)),
     "long_tailed": Config(variant="long_tailed", train_images=10_000, **_SHORT),
     "few_shot": Config(variant="few_shot", **_SHORT),
     "gpu": _LARGE,
