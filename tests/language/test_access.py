@@ -1,0 +1,202 @@
+"""Access to the insides of language models: nine families, tiny and random, and two real ones."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from torchgraft import zoo
+from torchgraft.language._access import (
+    FAMILIES,
+    Access,
+    attention_patterns,
+    captured,
+    edited,
+    final_logits,
+    residual_stream,
+)
+
+transformers = pytest.importorskip("transformers")
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24, "vocab_size": 40,
+    "max_position_embeddings": 32, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+GROUPED = {"num_key_value_heads": 2, "head_dim": 4}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gpt2": {}, "gpt_neox": {"rotary_pct": 0.5}, "llama": GROUPED, "mistral": GROUPED, "qwen2": GROUPED,
+    "qwen3": GROUPED, "gemma": GROUPED, "gemma2": GROUPED, "gemma3_text": GROUPED, "phi": {}, "phi3": GROUPED,
+    "opt": {"ffn_dim": 24, "word_embed_proj_dim": 16}, "bert": {}, "roberta": {},
+}  # fmt: skip
+BIDIRECTIONAL = ("bert", "roberta")
+
+
+def tiny(kind: str) -> Any:
+    """A random model with weights large enough for every part to matter."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **SMALL | CONFIGS[kind])
+    kind_of = transformers.AutoModelForMaskedLM if kind in BIDIRECTIONAL else transformers.AutoModelForCausalLM
+    model = kind_of.from_config(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return model.double()
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 40, (2, 7), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def test_every_family_is_tested() -> None:
+    assert set(CONFIGS) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_heads_add_up_to_the_attention(kind: str) -> None:
+    model, given = tiny(kind), inputs()
+    access = Access(model)
+    with torch.no_grad(), captured(model, [1], "input") as before:
+        patterns = attention_patterns(model, **given)
+    x = before[1]
+    norm = access.attention_norm(1)
+    x = x if norm is None else norm(x)
+    w = access.head_weights(1)
+    values = torch.einsum("btd,hde->bhte", x, w.v) + w.v_bias[:, None]
+    expected = torch.einsum("bhqk,bhke,hed->bqd", patterns[1], values, w.o) + w.o_bias
+    found: list[torch.Tensor] = []
+    handle = access.output_projection(1).register_forward_hook(lambda m, a, out: found.append(out))
+    with torch.no_grad():
+        model(**given)
+    handle.remove()
+    torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-6)  # softmax of some is in float32
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_queries_and_keys_make_the_pattern(kind: str) -> None:
+    model, given = tiny(kind), inputs()
+    access = Access(model)
+    with torch.no_grad(), captured(model, [0], "input") as before:
+        pattern = attention_patterns(model, **given)[0]
+    norm = access.attention_norm(0)
+    x = before[0] if norm is None else norm(before[0])
+    w = access.head_weights(0)
+    q = torch.einsum("btd,hde->bhte", x, w.q) + w.q_bias[:, None]
+    k = torch.einsum("btd,hde->bhte", x, w.k) + w.k_bias[:, None]
+    if not access.family.rotary:
+        scores = q @ k.mT / math.sqrt(access.head_dim)
+        if kind not in BIDIRECTIONAL:
+            scores = scores.masked_fill(torch.ones(7, 7).triu(1).bool(), -torch.inf)
+        torch.testing.assert_close(pattern, scores.softmax(-1), rtol=1e-5, atol=1e-7)
+    elif access.family.fused != "no":
+        # a turn changes scores but no norm: the fused layout is checked on what the module itself projects
+        fused = access.attention(0).get_submodule(access.family.projections[0])(x)
+        if access.family.fused == "heads":
+            own_q, own_k, _ = fused.unflatten(2, (4, 3, 4)).unbind(3)
+        else:
+            own_q, own_k = fused[..., :16].unflatten(2, (4, 4)), fused[..., 16:24].unflatten(2, (2, 4))
+            own_k = own_k.repeat_interleave(2, 2)
+        torch.testing.assert_close(q, own_q.transpose(1, 2))
+        torch.testing.assert_close(k, own_k.transpose(1, 2))
+    else:
+        own = access.attention(0).get_submodule("k_proj")(x).unflatten(2, (-1, 4)).transpose(1, 2)
+        torch.testing.assert_close(k, own.repeat_interleave(4 // own.shape[1], 1))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_stream_and_what_is_added(kind: str) -> None:
+    model, given = tiny(kind), inputs()
+    with torch.no_grad(), captured(model, site="attention") as attention, captured(model, site="mlp") as mlp:
+        stream = residual_stream(model, **given)
+    published = model(**given, output_hidden_states=True)
+    assert len(stream) == 3
+    torch.testing.assert_close(stream[1], published.hidden_states[1])
+    if kind in BIDIRECTIONAL:
+        torch.testing.assert_close(stream[2], published.hidden_states[2])
+    else:
+        for layer in range(2):
+            added = attention[layer] + mlp[layer].reshape(2, 7, -1)
+            torch.testing.assert_close(stream[layer + 1], stream[layer] + added)
+        logits = final_logits(model, stream[2])
+        if kind == "gemma2":
+            logits = 30 * torch.tanh(logits / 30)
+        bias = model.get_output_embeddings().bias
+        torch.testing.assert_close(published.logits, logits if bias is None else logits + bias)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("site", ["input", "output", "attention", "mlp"])
+def test_edits_reach_the_answer_and_leave(kind: str, site: Any) -> None:
+    model, given = tiny(kind), inputs()
+    plain = model(**given).logits
+    with edited(model, {-1: lambda h: h.clone()}, site):
+        torch.testing.assert_close(model(**given).logits, plain, rtol=0, atol=0)
+    direction = torch.randn(16, generator=torch.Generator().manual_seed(2)).double()
+    with edited(model, {-1: lambda h: h + direction}, site):
+        assert (model(**given).logits - plain).abs().max() > 1e-3
+    torch.testing.assert_close(model(**given).logits, plain, rtol=0, atol=0)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_hooks_go_after_an_exception(without_shape_checks: None) -> None:
+    model, given = tiny("llama"), inputs()
+
+    def fails(h: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"), edited(model, {0: fails}):
+        model(**given)
+    with pytest.raises(ValueError, match="edit of layer 0 must return"), edited(model, {0: lambda h: h[:1]}):
+        model(**given)
+    with pytest.raises(ValueError, match=r"layer must be in -2\.\.1, got 5"), edited(model, {0: fails, 5: fails}):
+        pass
+    with pytest.raises(ValueError, match="site must be"), edited(model, {0: fails}, "nowhere"):  # type: ignore[arg-type]
+        pass
+    with pytest.raises(TypeError, match="whole number"):
+        Access(model).layer("1")  # type: ignore[arg-type]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_other_models_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"one of gpt2, .* got Linear"):
+        Access(nn.Linear(2, 2))
+    t5 = transformers.T5Config(d_model=8, d_ff=8, d_kv=4, num_heads=2, num_layers=1, vocab_size=10)
+    with pytest.raises(TypeError, match="got T5ForConditionalGeneration of type 't5'"):
+        Access(transformers.T5ForConditionalGeneration(t5))
+
+
+def test_attention_implementation_is_put_back() -> None:
+    model = tiny("llama")
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="input_ids"):
+        attention_patterns(model)
+    assert model.config._attn_implementation == "sdpa"
+    assert attention_patterns(model, **inputs())[0].shape == (2, 4, 7, 7)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_through_peft() -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny("llama")
+    plain = residual_stream(model, **inputs())
+    weights = Access(model).head_weights(0).v
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["v_proj"])).double()
+    torch.testing.assert_close(residual_stream(wrapped, **inputs())[2], plain[2])
+    torch.testing.assert_close(Access(wrapped).head_weights(0).v, weights)
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "minilm"])
+def test_real_models(name: str) -> None:
+    try:
+        model, tokenizer = zoo.load(name)
+    except zoo.ModelNotFoundError as error:
+        pytest.skip(str(error))
+    given = tokenizer(["The capital of France is", "a"], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        stream = residual_stream(model, **given)
+        published = model(**given, output_hidden_states=True)
+    torch.testing.assert_close(stream[3], published.hidden_states[3])
