@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
+from tests.language.models import BIDIRECTIONAL, CONFIGS, inputs, tiny
 from torchgraft import zoo
 from torchgraft.language._access import (
     FAMILIES,
@@ -18,38 +20,8 @@ from torchgraft.language._access import (
     edited,
     final_logits,
     residual_stream,
+    resumed,
 )
-
-transformers = pytest.importorskip("transformers")
-
-SMALL: dict[str, Any] = {
-    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24, "vocab_size": 40,
-    "max_position_embeddings": 32, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
-GROUPED = {"num_key_value_heads": 2, "head_dim": 4}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "gpt2": {}, "gpt_neox": {"rotary_pct": 0.5}, "llama": GROUPED, "mistral": GROUPED, "qwen2": GROUPED,
-    "qwen3": GROUPED, "gemma": GROUPED, "gemma2": GROUPED, "gemma3_text": GROUPED, "phi": {}, "phi3": GROUPED,
-    "opt": {"ffn_dim": 24, "word_embed_proj_dim": 16}, "bert": {}, "roberta": {},
-}  # fmt: skip
-BIDIRECTIONAL = ("bert", "roberta")
-
-
-def tiny(kind: str) -> Any:
-    """A random model with weights large enough for every part to matter."""
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **SMALL | CONFIGS[kind])
-    kind_of = transformers.AutoModelForMaskedLM if kind in BIDIRECTIONAL else transformers.AutoModelForCausalLM
-    model = kind_of.from_config(config).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.2 * torch.randn_like(p))
-    return model.double()
-
-
-def inputs() -> dict[str, torch.Tensor]:
-    ids = torch.randint(3, 40, (2, 7), generator=torch.Generator().manual_seed(1))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def test_every_family_is_tested() -> None:
@@ -121,11 +93,21 @@ def test_stream_and_what_is_added(kind: str) -> None:
         for layer in range(2):
             added = attention[layer] + mlp[layer].reshape(2, 7, -1)
             torch.testing.assert_close(stream[layer + 1], stream[layer] + added)
-        logits = final_logits(model, stream[2])
-        if kind == "gemma2":
-            logits = 30 * torch.tanh(logits / 30)
-        bias = model.get_output_embeddings().bias
-        torch.testing.assert_close(published.logits, logits if bias is None else logits + bias)
+        torch.testing.assert_close(final_logits(model, stream[2]), published.logits)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_resumed_from_the_middle(kind: str) -> None:
+    model, given = tiny(kind), inputs()
+    plain, stream = model(**given).logits, residual_stream(model, **given)
+    calls: list[int] = []
+    handle = Access(model).attention(0).register_forward_hook(lambda *a: calls.append(1))
+    with resumed(model, 1, stream[1]):
+        torch.testing.assert_close(model(**given, use_cache=False).logits, plain, rtol=0, atol=0)
+    assert not calls
+    torch.testing.assert_close(model(**given).logits, plain, rtol=0, atol=0)
+    handle.remove()
+    assert calls
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -106,7 +106,7 @@ class Access:
             whose ``language_model`` is one.
 
     Attributes:
-        model: as given.
+        model, base: as given, and the part of it without the head.
         family: its row of ``FAMILIES``.
         layers: the blocks.
         embedding, final_norm: modules; no final norm in BERT-like models.
@@ -127,7 +127,7 @@ class Access:
                 f"got {type(model).__name__}" + (f" of type {kind!r}" if kind else "")
             )
         self.model, self.family = model, FAMILIES[kind]
-        self._base, config = base, base.config
+        self.base, config = base, base.config
         self.layers: list[nn.Module] = list(base.get_submodule(self.family.layers))
         self.embedding: nn.Module = base.get_submodule(self.family.embedding)
         self.hidden_size: int = config.hidden_size
@@ -138,7 +138,7 @@ class Access:
     @property
     def final_norm(self) -> nn.Module | None:
         """The norm between the last block and the unembedding."""
-        return None if self.family.final_norm is None else self._base.get_submodule(self.family.final_norm)
+        return None if self.family.final_norm is None else self.base.get_submodule(self.family.final_norm)
 
     @property
     def unembedding(self) -> Tensor:
@@ -342,11 +342,38 @@ def eager_attention(model: nn.Module) -> Iterator[None]:
 
 
 def final_logits(model: nn.Module, hidden: Tensor) -> Tensor:
-    """Logits (..., V) that hidden states (..., D) of the stream would give if it ended there: final norm, unembedding.
+    """Logits (..., V) that hidden states (..., D) of the stream would give if it ended there: final norm and head.
 
-    Without the soft cap of Gemma 2 and without what BERT's head does before its matrix.
+    Raises:
+        TypeError: for a model without a head of that kind, such as BERT's, whose head has layers of its own.
     """
     access = Access(model)
-    norm = access.final_norm
-    normed = hidden if norm is None else norm(hidden)
-    return torch.nn.functional.linear(normed, access.unembedding.to(normed.dtype))
+    find: Any = getattr(unwrapped(model), "get_output_embeddings", None)
+    head, norm = find() if find else None, access.final_norm
+    if head is None or norm is None:
+        raise TypeError(f"model must be a causal language model with a head, got {type(model).__name__}")
+    logits: Tensor = head(norm(hidden))
+    cap = getattr(access.base.config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+@contextmanager
+def resumed(model: nn.Module, layer: int, hidden: Tensor) -> Iterator[None]:
+    """Skip all layers before one and go on from hidden states (B, T, D) that they once gave, until the block ends.
+
+    What the layers below a steered one compute does not depend on the steering; a sweep need not repeat it. Run the
+    model with ``use_cache=False``, on inputs of B rows and T tokens.
+    """
+    access = Access(model)
+    access.layer(layer)
+    below = access.layers[: layer % len(access.layers)]
+    with ExitStack() as undo:
+        for index, module in enumerate(below):
+            last = index == len(below) - 1
+
+            def skip(given: Tensor, *args: Any, last: bool = last, **kwargs: Any) -> Tensor:
+                return hidden if last else given
+
+            undo.callback(delattr, module, "forward")
+            module.forward = skip
+        yield

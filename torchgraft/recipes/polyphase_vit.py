@@ -133,7 +133,7 @@ class Config:
     tune_steps: int = 80
     digit_steps: int = 300
     longer: int = 2
-    learning_rates: tuple[float, ...] = (1e-3, 2e-3, 5e-3, 1e-2)
+    learning_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
     precision: Literal["no", "fp16", "bf16"] = "no"
 
 
