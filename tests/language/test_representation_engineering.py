@@ -241,24 +241,15 @@ def test_layers_below_the_steered_one_run_once() -> None:
 
 def sweep_of(model: Any, vectors: ReadingVectors, coefficients: Any = range(-4, 5)) -> TradeoffSweep:
     align = OptionContrast(Letters(), [("ab", ["x", "y"], ["z"]), ("abcde", ["x"], ["w", "v"])])
-    choice = MultipleChoice(Letters(), [("q", ["one", "two"], 1), ("what", ["a", "b", "c"], 0)], "{question}{options}")
+    choice = MultipleChoice(
+        Letters(), [("q", ["one", "two"], 1), ("what", ["a", "b", "c"], 0)], "{question}{options}", ""
+    )
     return TradeoffSweep(
         model, Letters(), vectors, coefficients, align, [choice, TextLikelihood(["hello there", "go"])]
     )
 
 
-@pytest.fixture
-def letters(monkeypatch: pytest.MonkeyPatch) -> None:
-    # a tokenizer of characters begins every " A" with the space
-    original = Letters.__call__
-
-    def stripped(self: Letters, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return original(self, text if add_special_tokens else text.strip(), add_special_tokens)
-
-    monkeypatch.setattr(Letters, "__call__", stripped)
-
-
-def test_the_sweep_is_the_naive_loop(letters: None) -> None:
+def test_the_sweep_is_the_naive_loop() -> None:
     model = tiny("llama")
     vectors = vectors_of(model, 0, 1)
     curve = sweep_of(model, vectors).run()
@@ -379,7 +370,7 @@ def test_residual_norm_counts_what_is_not_padding() -> None:
     assert residual_norm(hidden, torch.tensor([[1, 0]])) == 5
 
 
-def test_wrong_input_is_refused(letters: None, without_shape_checks: None) -> None:
+def test_wrong_input_is_refused(without_shape_checks: None) -> None:
     model = tiny("llama")
     vectors = vectors_of(model, 0, 1)
     other = tiny("gpt2")
@@ -427,7 +418,7 @@ def test_wrong_input_is_refused(letters: None, without_shape_checks: None) -> No
     with pytest.raises(ValueError, match="different tokens"):
         OptionContrast(Letters(), [("a", ["x"], ["xy"])])
     with pytest.raises(ValueError, match="2 to 10 options"):
-        MultipleChoice(Letters(), [("a", ["x"], 0)])
+        MultipleChoice(Letters(), [("a", ["x"], 0)], space="")
     with pytest.raises(ValueError, match="no measurement 'H'"):
         sweep_of(model, vectors).run().mean("H")
     r = np.arange(-3.0, 4)

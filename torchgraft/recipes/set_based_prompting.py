@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from torchgraft import datasets, zoo
+from torchgraft import datasets
 from torchgraft.experiments import Arm, Claim, Measurement, Progress, Result
 from torchgraft.language.set_based_prompting import (
     MASK_ONLY,
@@ -22,8 +21,8 @@ from torchgraft.language.set_based_prompting import (
     OrderReport,
     multiple_choice_prompt,
     ordinary_orders,
-    toy_model,
 )
+from torchgraft.recipes._language import language_model
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -136,19 +135,6 @@ SCALES = {
 }  # fmt: skip
 
 
-@lru_cache(maxsize=1)
-def _model(name: str, dtype: str, device: str) -> tuple[Any, Any]:
-    if name == "toy":
-        model, tokenizer = toy_model()
-        return model.to(device, getattr(torch, dtype)), tokenizer
-    if name in zoo.MODELS:
-        return zoo.load(name, dtype=getattr(torch, dtype), device=device)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
-    return model, AutoTokenizer.from_pretrained(name)
-
-
 def _questions(data: str, config: Config) -> list[datasets.Question]:
     count = getattr(config, data)
     built_in = config.data == "built-in"
@@ -189,7 +175,7 @@ def _of_two(report: OrderReport) -> tuple[Measurement, Measurement]:
 def _arm(data: str, name: str, editing: Editing, config: Config) -> Arm:
     def run(seed: int, progress: Progress) -> Mapping[str, Measurement]:
         questions = _questions(data, config)
-        model, tokenizer = _model(config.model, config.dtype, config.device)
+        model, tokenizer = language_model(config.model, config.dtype, config.device)
         report = ordinary_orders(
             model, tokenizer, [multiple_choice_prompt(q.question, q.options) for q in questions],
             [list(q.options) for q in questions], answers=[q.answer for q in questions], orders=config.orders,
