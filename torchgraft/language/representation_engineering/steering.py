@@ -55,19 +55,21 @@ def steer(
     absent = sorted(set(chosen) - set(vectors.layers))
     if absent or not chosen:
         raise ValueError(f"layers must be among those with a vector, {list(vectors.layers)}, got {list(layers or [])}")
-    r = torch.as_tensor(coefficient, dtype=torch.float32)
+    r = torch.as_tensor(coefficient, dtype=torch.float32, device="cpu")
     if r.dim() > 1 or not torch.isfinite(r).all():
         raise ValueError(f"coefficient must be a finite number or one for each row of the batch, got {coefficient!r}")
     if positions not in ("all", "last"):
         raise ValueError(f"positions must be 'all' or 'last', got {positions!r}")
 
     def edit_of(layer: int) -> Edit:
-        vector = vectors.directions[layer]
+        # (1, 1, D), or (B, 1, D) with a coefficient for each row; moved to the model's device and dtype once
+        added = r.reshape(-1, 1, 1) * vectors.directions[layer].cpu()
 
         def edit(hidden: Tensor) -> Tensor:
+            nonlocal added
             if r.dim() and len(r) != len(hidden):
                 raise ValueError(f"coefficient must be one for each of {len(hidden)} rows, got {len(r)}")
-            added = (r.to(hidden.device).reshape(-1, 1, 1) * vector.to(hidden.device)).to(hidden.dtype)
+            added = added.to(hidden)
             if positions == "last":
                 new = torch.cat([hidden[:, :-1], hidden[:, -1:] + added], 1)
             else:

@@ -31,8 +31,15 @@ class Probe(Protocol):
     time, ``rows`` says which, and returns named values, one for each of them.
     """
 
-    texts: Sequence[str]
-    every_token: bool
+    @property
+    def texts(self) -> Sequence[str]:
+        """What the model reads."""
+        ...
+
+    @property
+    def every_token(self) -> bool:
+        """Whether log-probabilities after each token are wanted, or after the last alone."""
+        ...
 
     def score(self, log_probs: Tensor, ids: Tensor, mask: Tensor, rows: slice) -> dict[str, Tensor]:
         """Named values, (texts,) each."""
@@ -84,7 +91,8 @@ class MultipleChoice:
     Args:
         tokenizer: of the model.
         items: (question, options, place of the right one).
-        template: with ``{question}`` and ``{options}``; the answer's letter follows, with a space before.
+        template: with ``{question}`` and ``{options}``; the answer's letter follows.
+        space: what stands before that letter.
 
     Raises:
         ValueError: for no items, fewer than two or more than ten options, or a place that there is not.
@@ -97,11 +105,12 @@ class MultipleChoice:
         tokenizer: Any,
         items: Sequence[tuple[str, Sequence[str], int]],
         template: str = "Question: {question}\n{options}\nThe answer is",
+        space: str = " ",
     ) -> None:
         if not items:
             raise ValueError("items must not be empty")
         self.texts, self._right, self._letters = [], [], []
-        letters = _first_tokens(tokenizer, [f" {letter}" for letter in LETTERS])
+        letters = _first_tokens(tokenizer, [space + letter for letter in LETTERS])
         for question, options, right in items:
             if not 2 <= len(options) <= len(LETTERS) or not 0 <= right < len(options):
                 raise ValueError(f"an item needs 2 to 10 options, one of them right, got {len(options)} and {right}")

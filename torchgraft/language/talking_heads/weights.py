@@ -1,0 +1,160 @@
+"""Weights of single heads as the residual stream sees them, and their singular components."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from torchgraft.language._access import Access
+
+# letters of shapes: L layers, H heads, D model width, d head width
+
+
+@dataclass(frozen=True)
+class HeadMatrices:
+    """Projections of all heads, for row vectors: ``x @ v @ o`` is what a head writes on reading x with weight 1.
+
+    Attributes:
+        q, k, v: (L, H, D, d), the gain of the norm before the attention folded in; with fewer key and value heads than
+            query heads they are repeated.
+        o: (L, H, d, D); where the next reader's norm takes the mean away, rows have mean zero.
+        rotary: whether positions turn queries and keys. The turn is orthogonal: norms of what a reader takes in are
+            the same without it, products of queries and keys are those at distance 0.
+    """
+
+    q: Float[Tensor, "L H D d"]
+    k: Float[Tensor, "L H D d"]
+    v: Float[Tensor, "L H D d"]
+    o: Float[Tensor, "L H d D"]
+    rotary: bool
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Layers, heads, model width, head width."""
+        layers, heads, width, head = self.q.shape
+        return layers, heads, width, head
+
+    def check(self, layer: int, head: int) -> None:
+        """Refuse a head that there is not.
+
+        Raises:
+            ValueError: naming what there is.
+        """
+        layers, heads = self.shape[:2]
+        if not 0 <= layer < layers or not 0 <= head < heads:
+            raise ValueError(f"head must be (0..{layers - 1}, 0..{heads - 1}), got ({layer}, {head})")
+
+
+def _gain(norm: nn.Module | None, width: int) -> Tensor:
+    """What a norm multiplies by; Gemma stores it less one."""
+    if norm is None:
+        return torch.ones(width)
+    weight = getattr(norm, "weight", None)
+    if weight is None:
+        return torch.ones(width)
+    assert isinstance(weight, Tensor)
+    return weight + 1 if type(norm).__name__.startswith("Gemma") else weight
+
+
+def head_matrices(model: nn.Module, *, fold: bool = True) -> HeadMatrices:
+    """Projections of all heads, in float32 or the model's own dtype where that is finer.
+
+    Biases are left out, as in scores of composition. Queries and keys of Qwen3 and Gemma 3 are normalised after their
+    projection: the gain of that norm is folded in, its division is not, which leaves directions as they are. Gemma 2
+    and 3 normalise what the attention adds: that gain goes into ``o``, its division does not.
+
+    Args:
+        model: a transformers model of a family of the language room, also inside a peft model.
+        fold: fold the gains of norms into the projections, and take the mean away from what is written where the model
+            has LayerNorms; otherwise weights are as stored.
+
+    Raises:
+        TypeError: for a model of another kind.
+
+    Example:
+        >>> from torchgraft.language.set_based_prompting import toy_model
+        >>> head_matrices(toy_model()[0]).shape
+        (2, 4, 32, 8)
+    """
+    access = Access(model)
+    found: dict[str, list[Tensor]] = {"q": [], "k": [], "v": [], "o": []}
+    for index in range(len(access.layers)):
+        weights = access.head_weights(index)
+        parts = {"q": weights.q, "k": weights.k, "v": weights.v, "o": weights.o}
+        parts = {name: w.detach().to(torch.promote_types(w.dtype, torch.float32)) for name, w in parts.items()}
+        if fold:
+            norm = access.attention_norm(index)
+            gain = _gain(norm, access.hidden_size).detach().to(parts["q"])
+            for name in ("q", "k", "v"):
+                parts[name] = gain[:, None] * parts[name]
+            for name in ("q", "k") if access.family.normed else ():
+                own = getattr(access.attention(index), f"{name}_norm")
+                parts[name] = parts[name] * _gain(own, access.head_dim).detach().to(parts[name])
+            if access.family.added[0] == "post_attention_layernorm":
+                parts["o"] = parts["o"] * _gain(access.site(index, "attention"), access.hidden_size).to(parts["o"])
+            if isinstance(norm, nn.LayerNorm):
+                parts["o"] = parts["o"] - parts["o"].mean(-1, keepdim=True)
+        for name, weight in parts.items():
+            found[name].append(weight.detach())
+    return HeadMatrices(**{name: torch.stack(parts) for name, parts in found.items()}, rotary=access.family.rotary)
+
+
+class Components(NamedTuple):
+    """Singular components of one head or many: ``read @ diag(strength) @ write``.
+
+    Attributes:
+        read: (..., D, d), columns along which a component reads.
+        strength: (..., d), singular values, falling.
+        write: (..., d, D), rows along which it writes (of ``qk``: what its keys are read along).
+    """
+
+    read: Tensor
+    strength: Tensor
+    write: Tensor
+
+
+def _product_svd(left: Tensor, right: Tensor) -> Components:
+    """SVD of ``left @ right`` (..., D, d) (..., d, D) from d x d numbers alone; nothing of D x D is formed."""
+    q_left, r_left = torch.linalg.qr(left)
+    q_right, r_right = torch.linalg.qr(right.mT)
+    u, s, vh = torch.linalg.svd(r_left @ r_right.mT)
+    return Components(q_left @ u, s, vh @ q_right.mT)
+
+
+def head_svd(model: nn.Module | HeadMatrices, layer: int, head: int, kind: Literal["ov", "qk"] = "ov") -> Components:
+    """Singular components of what a head writes (``ov``) or of how it scores (``qk``), section 3 of the paper.
+
+    Signs come in pairs: ``read`` and ``write`` of a component may both be turned around.
+
+    Args:
+        model: as in ``head_matrices``, or its result.
+        layer, head: which.
+        kind: ``W_V W_O`` or ``W_Q W_K^T``.
+
+    Raises:
+        TypeError: for a model of another kind.
+        ValueError: for a head that there is not, or another kind.
+
+    Example:
+        >>> from torchgraft.language.set_based_prompting import toy_model
+        >>> read, strength, write = head_svd(toy_model()[0], 0, 3)
+        >>> read.shape, strength.shape, write.shape
+        (torch.Size([32, 8]), torch.Size([8]), torch.Size([8, 32]))
+    """
+    matrices = model if isinstance(model, HeadMatrices) else head_matrices(model)
+    matrices.check(layer, head)
+    if kind not in ("ov", "qk"):
+        raise ValueError(f"kind must be 'ov' or 'qk', got {kind!r}")
+    at = (layer, head)
+    if kind == "ov":
+        return _product_svd(matrices.v[at], matrices.o[at])
+    return _product_svd(matrices.q[at], matrices.k[at].mT)
+
+
+def written(matrices: HeadMatrices) -> Components:
+    """Components of what all heads write, (L, H, ...) each."""
+    return _product_svd(matrices.v, matrices.o)
