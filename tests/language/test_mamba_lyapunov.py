@@ -270,10 +270,9 @@ def test_growth_of_an_input_change(kind: str) -> None:
     assert growth.deviation[0, 4].item() == pytest.approx(1, abs=1e-3)
     assert growth.after.shape == (8,)
     assert growth.after.min() > 0
-    # a derivative: a tenth of the change gives a tenth of the deviation
-    torch.testing.assert_close(
-        perturbation_growth(model, ids(), 1e-7, at=4).deviation, growth.deviation, rtol=1e-3, atol=1e-4
-    )
+    # a derivative: half of the change gives half of the deviation
+    smaller = perturbation_growth(model, ids(), 5e-4, at=4)
+    torch.testing.assert_close(smaller.deviation, growth.deviation, rtol=0.05, atol=1e-3)
 
 
 def test_divergence_of_precisions() -> None:

@@ -24,7 +24,7 @@ __all__ = ["Card", "Hit", "cards", "evidence_folder", "fill", "get", "measured",
 
 CARDS = Path(__file__).parent / "cards"
 ROOMS = ("vision", "text", "tabular", "forecasting", "layers", "language", "training", "diffusion", "compression")
-EXTRAS = ("text", "diffusion", "vision", "tabular", "run", "search")
+EXTRAS = ("text", "diffusion", "vision", "tabular", "peft", "run", "search")
 Embed = Callable[[list[str]], Sequence[Sequence[float]]]
 BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
 

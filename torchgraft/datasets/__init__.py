@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DATASETS",
     "EventTables",
+    "Faces",
     "Images",
     "MultipleChoice",
     "Photos",
@@ -68,6 +69,15 @@ class Photos:
     x: tuple[Tensor, ...]
     y: Tensor
     names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Faces:
+    """Grey pictures of people: ``x`` uint8 (N, 1, H, W); ``person`` int64 (N,) from 0; ``condition`` names N."""
+
+    x: Tensor
+    person: Tensor
+    condition: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -144,7 +154,7 @@ class EventTables:
     diagnoses: DataFrame
 
 
-Data = Images | Photos | Text | MultipleChoice | Sentences | Sounds | Table | EventTables
+Data = Images | Photos | Faces | Text | MultipleChoice | Sentences | Sounds | Table | EventTables
 Split = Callable[..., Any]
 """From the name of a split (and a configuration) to its table as the hub's ``datasets.load_dataset`` gives it."""
 
@@ -252,6 +262,39 @@ def _imagenet_samples(folder: Path) -> Photos:
         with Image.open(path) as image:
             photos.append(torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1).contiguous())
     return Photos(tuple(photos), torch.arange(125) * 8, tuple(path.stem.split("_", 1)[1] for path in paths))
+
+
+def _yale_faces(folder: Path) -> Faces:
+    """Files are named subjectNN.condition, GIF data inside; the archive holds many pictures twice.
+
+    Of equal pictures of a person the one under the earliest of these names is kept: normal, then the others as sorted.
+    Copies under ``dupe`` go that way, and so does subject04.sad, which its publisher replaced by the normal picture.
+    """
+    import io
+    import tarfile
+
+    from PIL import Image
+
+    files = {}
+    with tarfile.open(folder / "images/yalefaces.tar.gz") as archive:
+        for member in archive:
+            name = Path(member.name).name
+            if member.isfile() and name.startswith("subject"):
+                held = archive.extractfile(member)
+                assert held is not None
+                files[name] = held.read()
+    pictures, people, conditions, seen = [], [], [], set()
+    for name in sorted(files, key=lambda name: (name.split(".")[0], not name.endswith(".normal"), name)):
+        with Image.open(io.BytesIO(files[name])) as image:
+            pixels = np.asarray(image.convert("L"))
+        subject, condition = name.removeprefix("subject").split(".")
+        if condition == "dupe" or (subject, pixels.tobytes()) in seen:
+            continue
+        seen.add((subject, pixels.tobytes()))
+        pictures.append(torch.from_numpy(pixels.copy())[None])
+        people.append(int(subject) - 1)
+        conditions.append(condition)
+    return Faces(torch.stack(pictures), torch.tensor(people), tuple(conditions))
 
 
 def _spoken_digits(folder: Path) -> Sounds:
@@ -421,6 +464,9 @@ DATASETS = {
         _hub_sst2,
     ),
     "spoken-digits": Source(("speech/fsdd-recordings.tar.gz",), "", "CC BY-SA 4.0", _spoken_digits),
+    "yale-faces": Source(
+        ("images/yalefaces.tar.gz",), "", "research use only, cite Belhumeur et al. 1997", _yale_faces
+    ),
     "titanic": Source(("tabular/titanic.csv",), "", "none stated", _titanic),
 }  # fmt: skip
 
@@ -487,7 +533,8 @@ def load(name: str) -> Any:
 
     Returns:
         ``Images`` (digits, fashion-mnist, cifar10: the first 20,000 training images and all 10,000 test images,
-        lossless), ``Photos`` (imagenet-samples: 125, one of every eighth class), ``Text`` (shakespeare: first nine
+        lossless), ``Photos`` (imagenet-samples: 125, one of every eighth class), ``Faces`` (yale-faces: 15 people under
+        left, right and centre light and with expressions, copies left out), ``Text`` (shakespeare: first nine
         tenths and last tenth; wikitext2: validation and test text), ``MultipleChoice`` (questions, commonsenseqa),
         ``Sentences`` (sst2: whole sentences, two classes), ``Sounds`` (spoken-digits: 2,700 recordings for training and
         300 for testing, of six speakers), ``Table`` (titanic; cpus: 875 processors) or
