@@ -279,7 +279,7 @@ def figures(result: Result) -> Mapping[str, Figure]:
             values = result.values(name, metric)
             exponents.plot(values, [place + offset] * len(values), mark, color=_COLOURS[name], markersize=5)
     exponents.axvline(0, color="grey", linewidth=0.8)
-    exponents.set_yticks(range(3), (MAMBA, LSTM, "tanh RNN,\\ngain 2"))
+    exponents.set_yticks(range(3), (MAMBA, LSTM, "tanh RNN,\ngain 2"))
     exponents.invert_yaxis()
     exponents.set(xlabel="maximal exponent (circle: before, square: after training)")
     for name in (MAMBA, TRANSFORMER):
