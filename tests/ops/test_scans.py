@@ -148,6 +148,18 @@ def test_chunk_size_changes_nothing():
         ssd(*tensors, chunk_size=0)
 
 
+def test_decays_of_each_place():
+    (x, delta, A, B, C, D), state = ssd_inputs(length=50)
+    A = A * torch.rand(2, 50, 4, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in (x, delta, A, B, C, D, state)]
+    found, wanted = (f(*leaves[:-1], initial_state=leaves[-1])[0] for f in (ssd, ssd_naive))
+    assert torch.allclose(found, wanted, atol=1e-10)
+    for ours, theirs in zip(*(torch.autograd.grad(y.square().sum(), leaves) for y in (found, wanted)), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-9)
+    with pytest.raises(ValueError, match="A must have shape"):
+        ssd(x, delta, A[:, 1:], B, C)
+
+
 def test_ssd_is_attention_with_a_semiseparable_matrix():
     (x, delta, A, B, C, _), _ = ssd_inputs(batch=1, length=12, heads=1, groups=1)
     decay = (delta[0, :, 0] * A).cumsum(0)

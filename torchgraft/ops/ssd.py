@@ -37,7 +37,7 @@ def ssd(
     Args:
         x: inputs, (B, L, H, P).
         delta: step sizes, (B, L, H), positive (after the softplus).
-        A: negative decay of each head, (H,).
+        A: negative decay of each head, (H,), or of each head and place, (B, L, H), for decays that depend on the input.
         B: input vectors of each group, (B, L, G, N); H must be a multiple of G.
         C: output vectors of each group, (B, L, G, N).
         D: skip weights, (H,) or (H, P).
@@ -150,7 +150,7 @@ def ssd_naive(
     state = x.new_zeros(size, dtype=wide) if initial_state is None else initial_state.to(wide)
     outputs = []
     for t in range(x.shape[1]):
-        y, state = ssd_step(x[:, t], delta[:, t], A, B[:, t], C[:, t], D, state=state)
+        y, state = ssd_step(x[:, t], delta[:, t], A[:, t] if A.ndim == 3 else A, B[:, t], C[:, t], D, state=state)
         outputs.append(y)
     return torch.stack(outputs, 1), state
 
@@ -172,7 +172,7 @@ def _check(
     groups, states = B.shape[2:]
     check_shapes(
         delta=(delta, (batch, length, heads)),
-        A=(A, (heads,)),
+        A=(A, (batch, length, heads) if A.ndim == 3 else (heads,)),
         B=(B, (batch, length, groups, states)),
         C=(C, (batch, length, groups, states)),
         initial_state=(state, (batch, heads, features, states)),
