@@ -357,10 +357,9 @@ def test_aft_with_biases_keeps_no_matrix_either():
 
 
 @pytest.mark.usefixtures("without_shape_checks")
-@pytest.mark.parametrize("kind", ["longformer", "performer"])
-def test_torch_compile(kind):
+def test_torch_compile():
     torch._dynamo.reset()
-    layer, x = EfficientAttention(H * D, H, kind).eval(), torch.randn(2, 24, H * D)
+    layer, x = EfficientAttention(H * D, H, "local").eval(), torch.randn(2, 24, H * D)
     compiled = torch.compile(layer, backend="eager")
     torch.testing.assert_close(compiled(x), layer(x))
 

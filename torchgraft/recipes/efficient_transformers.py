@@ -108,13 +108,13 @@ class Config:
     data: str = "wikitext2"
     device: str = "cpu"
     task: Literal["all", "digits", "drop-in"] = "all"
-    steps: int = 250
+    steps: int = 400
     batch_size: int = 32
     layers: int = 2
     width: int = 64
     heads: int = 4
     tune_steps: int = 60
-    learning_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
+    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     encoder: str = "minilm"
     texts: int = 16
     tokens: int = 384
@@ -418,11 +418,11 @@ def notes(result: Result) -> str:
         f"{c.heads} heads, {c.steps} steps of {c.batch_size} images for every trained arm, AdamW, one-cycle, learning "
         f"rate of each arm from the same grid of {len(c.learning_rates)} by {c.tune_steps}-step trials on held-out "
         "training images. Long Range Arena reads CIFAR-10 so, at 1024 pixels; the survey's text task needs thousands "
-        "of bytes. At so short a length no attention saves time (the bench has times against length), and the budget ends "
-        "before any has converged: an attention that learns faster looks better. Filling in masked characters of "
-        "Shakespeare was tried first, and dropped: within 200 steps all arms but nystrom, which has a convolution, "
-        "predicted the space everywhere, which compares nothing. Pruning and int8 change the trained model and retrain "
-        "nothing; int8 is computed in floating point as dynamic int8 kernels round, so it says nothing about speed; "
+        "of bytes. At so short a length no attention saves time (the bench has times against length), and the budget "
+        "ends before all have converged: an attention that learns faster looks better. Filling in masked characters "
+        "of Shakespeare was tried first, and dropped: within 200 steps all arms but nystrom, which has a convolution, "
+        "predicted the space everywhere, which compares nothing. Pruning and int8 change the trained model and "
+        "retrain nothing; int8 is computed in floating point as dynamic int8 kernels round, without their speed; "
         "'small' is one layer of half the width. Zeros save no time without sparse kernels. "
         f"Drop-in: {c.texts} windows of {c.tokens} tokens of {c.data} through {c.encoder} with its weights as they "
         "are; 1 - cosine of the last token states, bootstrap over windows. Times are of this machine during the run. "

@@ -82,9 +82,9 @@ class Config:
     width: int = 32
     layers: int = 2
     states: int = 16
-    steps: int = 300
+    steps: int = 150
     tune_steps: int = 75
-    batch_size: int = 32
+    batch_size: int = 16
     images: int = 10_000
     held_images: int = 500
     test_images: int = 1000

@@ -176,7 +176,7 @@ def composition_scores(
         >>> from torchgraft.language.set_based_prompting import toy_model
         >>> table = composition_scores(toy_model()[0])
         >>> table.scores["q"].shape, len(table.top(5))
-        (torch.Size([2, 4, 8, 2, 4]), 5)
+        (torch.Size([2, 2, 16, 2, 2]), 5)
     """
     matrices = model if isinstance(model, HeadMatrices) else head_matrices(model)
     layers, heads, _, components = matrices.shape

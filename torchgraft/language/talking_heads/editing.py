@@ -36,7 +36,7 @@ class ChannelEdit:
     Example:
         >>> from torchgraft.language.set_based_prompting import toy_model
         >>> model, tokenizer = toy_model()
-        >>> with ChannelEdit(model, (0, 2), [0, 1], scale=0.0):
+        >>> with ChannelEdit(model, (0, 1), [0, 1], scale=0.0):
         ...     logits = model(**tokenizer("a b a", return_tensors="pt")).logits
     """
 

@@ -78,7 +78,7 @@ def head_matrices(model: nn.Module, *, fold: bool = True) -> HeadMatrices:
     Example:
         >>> from torchgraft.language.set_based_prompting import toy_model
         >>> head_matrices(toy_model()[0]).shape
-        (2, 4, 32, 8)
+        (2, 2, 32, 16)
     """
     access = Access(model)
     found: dict[str, list[Tensor]] = {"q": [], "k": [], "v": [], "o": []}
@@ -141,9 +141,9 @@ def head_svd(model: nn.Module | HeadMatrices, layer: int, head: int, kind: Liter
 
     Example:
         >>> from torchgraft.language.set_based_prompting import toy_model
-        >>> read, strength, write = head_svd(toy_model()[0], 0, 3)
+        >>> read, strength, write = head_svd(toy_model()[0], 0, 1)
         >>> read.shape, strength.shape, write.shape
-        (torch.Size([32, 8]), torch.Size([8]), torch.Size([8, 32]))
+        (torch.Size([32, 16]), torch.Size([16]), torch.Size([16, 32]))
     """
     matrices = model if isinstance(model, HeadMatrices) else head_matrices(model)
     matrices.check(layer, head)
