@@ -108,13 +108,13 @@ class Config:
     data: str = "wikitext2"
     device: str = "cpu"
     task: Literal["all", "digits", "drop-in"] = "all"
-    steps: int = 400
+    steps: int = 250
     batch_size: int = 32
     layers: int = 2
     width: int = 64
     heads: int = 4
     tune_steps: int = 60
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    learning_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
     encoder: str = "minilm"
     texts: int = 16
     tokens: int = 384
