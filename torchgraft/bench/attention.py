@@ -126,6 +126,8 @@ def figures(record: Mapping[str, Any]) -> Mapping[str, Figure]:
         xs = sorted(by_length)
         ax.loglog(xs, [sorted(by_length[x])[len(by_length[x]) // 2] for x in xs], "k--", linewidth=2.2, label="SDPA")
         ax.set(xlabel="length", ylabel=label)
+        ax.set_xticks(xs, [f"{x:,}" for x in xs])
+        ax.minorticks_off()
         ax.grid(True, which="major", alpha=0.3)
     axes[0].legend(frameon=False, fontsize=7, ncols=2)
     right = axes[2]
