@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType, UnionType
 from typing import Any, get_args
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["Match", "NothingMatchedError", "Replaced", "Report", "find", "replace"]
+__all__ = ["Match", "NothingMatchedError", "Replaced", "Report", "evaluating", "find", "replace"]
 
 Target = type[nn.Module] | tuple[type[nn.Module], ...] | UnionType | str | Callable[[str, nn.Module], bool]
 
@@ -112,6 +113,22 @@ class Report:
                 raise
             # the error inside the block is what the user must see first
             error.add_note(f"and the replacement could not be undone: {failure}")
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Eval mode until the end of the block; then every part goes back to its own mode, also after an exception.
+
+    What is no module, such as a plain function, is left alone.
+    """
+    modes = [(part, part.training) for part in model.modules()] if isinstance(model, nn.Module) else []
+    try:
+        if isinstance(model, nn.Module):
+            model.eval()
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def _get(model: nn.Module, name: str) -> nn.Module | None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.language.models import Letters, inputs, tiny
-from torchgraft.language._access import captured, residual_stream
+from torchgraft.language._access import captured, residual_stream, tokenized
 from torchgraft.language.representation_engineering import (
     MultipleChoice,
     OptionContrast,
@@ -34,7 +34,7 @@ from torchgraft.language.representation_engineering import (
     steer,
 )
 from torchgraft.language.representation_engineering.tradeoff import steered_states
-from torchgraft.language.representation_engineering.vectors import hidden_at, tokenized
+from torchgraft.language.representation_engineering.vectors import hidden_at
 
 FAMILIES = ("gpt2", "gpt_neox", "llama", "gemma2", "opt", "phi")
 PAIRS = [("good", "bad"), ("fine thing", "poor thing"), ("nice", "nasty"), ("yes", "no"), ("up we go", "down we go")]

@@ -6,7 +6,7 @@ edited there is not the user's model, and both bring trees of dependencies; the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -230,6 +230,24 @@ def _linear(module: nn.Module) -> tuple[Tensor, Tensor]:
     if type(module).__name__ == "Conv1D":
         weight = weight.T
     return weight, bias if isinstance(bias, Tensor) else weight.new_zeros(len(weight))
+
+
+def tokenized(tokenizer: Any, texts: Sequence[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask`` (B, T), padded on the right, also where the tokenizer has no padding token.
+
+    Raises:
+        ValueError: for no texts, or a text without a token.
+    """
+    rows = [tokenizer(text)["input_ids"] for text in texts]
+    if not rows or not all(rows):
+        raise ValueError(f"texts must be at least one and none empty, got {list(texts)!r}")
+    length = max(map(len, rows))
+    ids = torch.zeros(len(rows), length, dtype=torch.int64)
+    mask = torch.zeros(len(rows), length, dtype=torch.int64)
+    for row, found in enumerate(rows):
+        ids[row, : len(found)] = torch.tensor(found)
+        mask[row, : len(found)] = 1
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
 def _first(output: Any) -> Tensor:

@@ -15,14 +15,15 @@ one chain where more than one transformation is asked for; here there are C inde
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchgraft.surgery import evaluating
 from torchgraft.vision.augmentation_space import AugmentationSpace
 
 __all__ = [
@@ -363,7 +364,7 @@ class InvarianceConstraint(nn.Module):
         shape = (self.mh_steps, self.chains, len(x))
         if self.mh_steps == 1:
             return proposals, op.view(shape)[0], level.view(shape)[0], float("nan")
-        with torch.no_grad(), _mode(model, self.proposal_mode):
+        with torch.no_grad(), nullcontext() if self.proposal_mode == "train" else evaluating(model):
             targets = y.repeat(self.mh_steps * self.chains, *[1] * (y.ndim - 1))
             losses = self._losses(logits_of(model(proposals)), targets).view(shape)
         final = mh_sample(losses.float(), generator=generator)
@@ -418,21 +419,6 @@ def logits_of(output: Any) -> Tensor:
     if logits.ndim < 2:
         raise ValueError(f"model must return logits of shape (batch, classes), got {tuple(logits.shape)}")
     return logits
-
-
-@contextmanager
-def _mode(model: Any, mode: str) -> Iterator[None]:
-    """Put a module into evaluation for a while, each part going back to its own mode."""
-    if mode == "train" or not isinstance(model, nn.Module):
-        yield
-        return
-    was = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in was.items():
-            module.training = training
 
 
 class InvarianceConstrainedTrainer:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +26,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from torchgraft.surgery import evaluating
 from torchgraft.vision.augmentation_space import AugmentationSpace
 
 __all__ = [
@@ -333,7 +333,7 @@ class MADAug:
         found: list[Tensor] = []
         hook = self.head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
         try:
-            with _evaluation(self.feature_model), torch.no_grad():
+            with evaluating(self.feature_model), torch.no_grad():
                 self.feature_model(self.prepare(x))
         finally:
             hook.remove()
@@ -399,7 +399,8 @@ class MADAug:
         held_x, held_y = next(self._validation)
         held_x, held_y = self.prepare(held_x.to(x.device)), held_y.to(x.device)
         differentiate = self._exact if self.hypergradient == "exact" else self._finite_difference
-        with _evaluation(self.task_model), sdpa_kernel(SDPBackend.MATH):
+        # in training batch norm would have a second graph, and averages to move
+        with evaluating(self.task_model), sdpa_kernel(SDPBackend.MATH):
             loss = differentiate(mixed, y, held_x, held_y)
         if not math.isfinite(loss):
             raise ValueError(f"the validation loss after the virtual step is {loss}; lower the learning rate")
@@ -572,15 +573,3 @@ def _again_and_again(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple
             yield x, y
         if not some:
             raise ValueError("validation has no batch (an iterator that is used up? give a DataLoader or a list)")
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation for a while; batch norm then has no second graph and no averages to move."""
-    was = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in was.items():
-            module.training = training

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchgraft.compression.nupes.layers import PowerLayer, float_weight, is_quantizable
 from torchgraft.compression.nupes.quantizer import PowerDecode, PowerFakeQuantize, encode, largest_code, soft_round
 from torchgraft.compression.nupes.search import rows_and_scales
+from torchgraft.surgery import evaluating
 
 __all__ = ["Call", "Reconstruction", "reconstruct_block"]
 
@@ -41,20 +42,16 @@ def fresh(value: Any) -> Any:
 @contextmanager
 def still(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, no cache of keys and values; restored at the end."""
-    modes = [(module, module.training) for module in model.modules()]
     held: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     settings = {id(some): some for some in held if getattr(some, "use_cache", None)}
-    model.eval()
     for some in settings.values():
         some.use_cache = False
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             yield
     finally:
         for some in settings.values():
             some.use_cache = True
-        for module, mode in modes:
-            module.training = mode
 
 
 @dataclass

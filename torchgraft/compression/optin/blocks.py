@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchgraft import surgery
+
 __all__ = ["Block", "OpenAttention", "PrunableSpec", "find_blocks", "opened", "resolve"]
 
 
@@ -473,18 +475,14 @@ def opened(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode, open attention and no key-value cache; everything is put back at the end."""
-    modes = [(module, module.training) for module in model.modules()]
     config = getattr(model, "config", None)
     cached = getattr(config, "use_cache", None)
     try:
-        model.eval()
         if cached:
             config.use_cache = False  # type: ignore[union-attr]
-        with opened(model):
+        with surgery.evaluating(model), opened(model):
             yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         if cached:
             config.use_cache = cached  # type: ignore[union-attr]
 

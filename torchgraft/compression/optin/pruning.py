@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from torchgraft import surgery
 from torchgraft.compression.optin.blocks import PrunableSpec, call, evaluating, resolve, width_in
 from torchgraft.compression.optin.cost import MacModel
 from torchgraft.compression.optin.scoring import OptinConfig, OptinScores, optin_scores
@@ -57,21 +58,15 @@ def seconds_per_batch(model: nn.Module, batch: Any, repeats: int = 5) -> float:
     """Median time of a forward pass in eval mode, after one that is not timed; CUDA is synchronised."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     found = []
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for _ in range(repeats + 1):
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                began = time.perf_counter()
-                call(model, batch)
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                found.append(time.perf_counter() - began)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with surgery.evaluating(model), torch.inference_mode():
+        for _ in range(repeats + 1):
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            began = time.perf_counter()
+            call(model, batch)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            found.append(time.perf_counter() - began)
     return statistics.median(found[1:])
 
 

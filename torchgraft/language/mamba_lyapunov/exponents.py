@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchgraft.surgery import evaluating
+
 # letters of shapes: B rows, T tokens, D channels (heads in Mamba-2), N states of a channel
 
 
@@ -122,15 +124,8 @@ def step_sizes(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
         return hook
 
-    modes = [(module, module.training) for module in model.modules()]
-
-    def back() -> None:
-        for module, mode in modes:
-            module.training = mode
-
     with ExitStack() as undo:
-        undo.callback(back)
-        model.eval()
+        undo.enter_context(evaluating(model))
         for name, mixer in mixers.items():
             watched: Any = mixer.x_proj if hasattr(mixer, "x_proj") else mixer.in_proj
             undo.callback(watched.register_forward_hook(keep(name, mixer)).remove)

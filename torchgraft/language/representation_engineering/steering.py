@@ -50,8 +50,10 @@ def steer(
         ...     tokens = model.generate(**tokenizer("I think that", return_tensors="pt"))
     """
     vectors.check(model)
-    count = len(Access(model).layers)
-    chosen = vectors.layers if layers is None else [layer % count for layer in layers if Access(model).layer(layer)]
+    access = Access(model)
+    for layer in layers or ():
+        access.layer(layer)
+    chosen = vectors.layers if layers is None else [layer % len(access.layers) for layer in layers]
     absent = sorted(set(chosen) - set(vectors.layers))
     if absent or not chosen:
         raise ValueError(f"layers must be among those with a vector, {list(vectors.layers)}, got {list(layers or [])}")

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchgraft.language._access import Access, captured, final_logits, resumed
+from torchgraft.language._access import Access, captured, final_logits, resumed, tokenized
 from torchgraft.language.representation_engineering.steering import steer
 from torchgraft.language.representation_engineering.theory import helpfulness_gaussian
-from torchgraft.language.representation_engineering.vectors import ReadingVectors, tokenized
+from torchgraft.language.representation_engineering.vectors import ReadingVectors
 
 if TYPE_CHECKING:
     import pandas

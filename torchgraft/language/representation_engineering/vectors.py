@@ -14,28 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from torchgraft.language._access import Access, captured
+from torchgraft.language._access import Access, captured, tokenized
 
 Method = Literal["pca_center", "pca_diff", "mean_diff", "random"]
 METHODS: tuple[Method, ...] = ("pca_center", "pca_diff", "mean_diff", "random")
-
-
-def tokenized(tokenizer: Any, texts: Sequence[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """``input_ids`` and ``attention_mask`` (B, T), padded on the right, also where the tokenizer has no padding token.
-
-    Raises:
-        ValueError: for no texts, or a text without a token.
-    """
-    rows = [tokenizer(text)["input_ids"] for text in texts]
-    if not rows or not all(rows):
-        raise ValueError(f"texts must be at least one and none empty, got {list(texts)!r}")
-    length = max(map(len, rows))
-    ids = torch.zeros(len(rows), length, dtype=torch.int64)
-    mask = torch.zeros(len(rows), length, dtype=torch.int64)
-    for row, found in enumerate(rows):
-        ids[row, : len(found)] = torch.tensor(found)
-        mask[row, : len(found)] = 1
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
 @torch.no_grad()

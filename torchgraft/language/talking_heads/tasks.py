@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchgraft.language._access import attention_patterns
+from torchgraft.language._access import attention_patterns, tokenized
 from torchgraft.language.talking_heads.editing import ChannelEdit
 
 NAMES = (
@@ -123,13 +123,8 @@ class LaundryList:
     def permutations(self, count: int) -> list[Prompt]:
         """One list, answer and order of mentions, with the list in so many random orders."""
         items = self._draw.sample(self._words, self.n_items)
-        answer, *mentioned = items
-        made = []
-        for _ in range(count):
-            shuffled = self._draw.sample(items, len(items))
-            assert answer in shuffled
-            made.append(self.prompt(shuffled, mentioned))
-        return made
+        mentioned = items[1:]
+        return [self.prompt(self._draw.sample(items, len(items)), mentioned) for _ in range(count)]
 
 
 class IOI:
@@ -158,26 +153,15 @@ class IOI:
         return made
 
 
-def batch_of(tokenizer: Any, prompts: Sequence[Prompt]) -> tuple[dict[str, Tensor], Tensor]:
-    """Padded inputs, and the place of the last token of each (B,)."""
-    rows = [tokenizer(prompt.text)["input_ids"] for prompt in prompts]
-    lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
-    for k, row in enumerate(rows):
-        ids[k, : len(row)] = torch.tensor(row)
-    return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}, lengths - 1
-
-
 @torch.no_grad()
 def choices(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], batch_size: int = 32) -> Tensor:
     """Which option has the greatest logit after each prompt, (prompts,)."""
     found = []
     for start in range(0, len(prompts), batch_size):
         some = prompts[start : start + batch_size]
-        inputs, last = batch_of(tokenizer, some)
-        device = next(model.parameters()).device
-        logits = model(**{name: x.to(device) for name, x in inputs.items()}).logits
-        ends = logits[torch.arange(len(some)), last].cpu()
+        inputs = tokenized(tokenizer, [prompt.text for prompt in some], next(model.parameters()).device)
+        last = inputs["attention_mask"].sum(1) - 1
+        ends = model(**inputs).logits[torch.arange(len(some), device=last.device), last].cpu()
         found += [int(row[list(prompt.ids)].argmax()) for row, prompt in zip(ends, some, strict=True)]
     return torch.tensor(found)
 

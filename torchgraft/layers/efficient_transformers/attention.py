@@ -6,13 +6,14 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from torchgraft.layers._interface import register_attention
 from torchgraft.layers.efficient_transformers import clustering, kernels, low_rank, mixing, patterns
 from torchgraft.ops._checks import check_floats
 
@@ -293,8 +294,6 @@ def flex_block_mask(
 
 # ----------------------------------------------------------------- transformers
 
-_REFUSED = ("sliding_window", "s_aux", "softcap", "alibi", "position_bias")
-
 
 def register_efficient_attention(kind: str, name: str | None = None, **options: Any) -> str:
     """Make ``model.set_attn_implementation("tg_<kind>")`` work in transformers, with these options.
@@ -320,9 +319,6 @@ def register_efficient_attention(kind: str, name: str | None = None, **options: 
         >>> register_efficient_attention("longformer", window=64)
         'tg_longformer'
     """
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
     chosen = kind_named(kind)
     if kind not in DROP_IN:
         why = f"has parameters ({', '.join(chosen.needs)}): use convert_attention" if chosen.needs else "is shorter"
@@ -336,8 +332,7 @@ def register_efficient_attention(kind: str, name: str | None = None, **options: 
         _warn_of_softmax_weights(module, kind)
         return efficient_attention(q, q if kind == "reformer" else k, v, kind, **shared, **options)
 
-    AttentionInterface.register(name, partial(through_interface, attend, kind))
-    AttentionMaskInterface.register(name, padding_only_mask)
+    register_attention(name, kind, attend)
     return name
 
 
@@ -359,55 +354,3 @@ def _warn_of_softmax_weights(module: Any, kind: str) -> None:
             "model further, or use a pattern",
             stacklevel=2,
         )
-
-
-def padding_only_mask(
-    *args: Any,
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    mask_function: Callable[..., Any] | None = None,
-    **kwargs: Any,
-) -> Tensor | None:
-    """Hand the two-dimensional padding mask through; transformers would otherwise write out an N x N one."""
-    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
-
-    if local_size is not None:
-        raise ValueError(f"this model has a sliding window of {local_size}; set sliding_window=None in its config")
-    if mask_function not in (None, causal_mask_function, bidirectional_mask_function):
-        raise ValueError("only causal and padding masks are taken: no packed sequences (position_ids), no prefixes")
-    return None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
-
-
-def through_interface(
-    attend: Callable[..., Tensor],
-    kind: str,
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    is_causal: bool | None = None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """``attend(q, k, v, module, causal=, key_padding_mask=, scale=)`` in the signature of transformers."""
-    for refused in _REFUSED:
-        if kwargs.get(refused) is not None:
-            raise ValueError(f"{kind} attention cannot take {refused}; use attn_implementation='sdpa'")
-    if attention_mask is not None and attention_mask.ndim != 2:
-        raise ValueError(
-            f"{kind} attention takes padding masks of shape (batch, length), got {tuple(attention_mask.shape)}"
-        )
-    causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
-    if causal and query.shape[2] != key.shape[2]:
-        raise ValueError(
-            f"{kind} attention got {query.shape[2]} queries and {key.shape[2]} cached keys: pass use_cache=False"
-        )
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    padding = None if attention_mask is None else ~attention_mask
-    y = attend(query, key, value, module, causal=causal, key_padding_mask=padding, scale=scaling)
-    return y.transpose(1, 2).contiguous(), None

@@ -5,13 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchgraft.layers.efficient_transformers.attention import padding_only_mask, through_interface
+from torchgraft.layers._interface import register_attention
 from torchgraft.layers.efficient_transformers.modules import LAYER_KINDS, Core, Shape, check_layer, make_core
 from torchgraft.surgery import NothingMatchedError
 
@@ -121,9 +120,6 @@ def convert_attention(
         >>> print(convert_attention(model, "linformer", max_length=128, rank=8))
         encoder.layer.0.attention.self: linformer
     """
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
     if kind in ("fnet", "transformer_xl"):
         raise ValueError(
             f"{kind} does not fit into the attention of a given model; use EfficientAttention, or transformers' own "
@@ -150,8 +146,7 @@ def convert_attention(
         found[name].add_module(_PLACE, core)
         report.hooks.append(found[name].register_forward_pre_hook(_remember, with_kwargs=True))
     name = f"tg_converted_{kind}"
-    AttentionInterface.register(name, partial(through_interface, _attend, kind))
-    AttentionMaskInterface.register(name, padding_only_mask)
+    register_attention(name, kind, _attend)
     model.set_attn_implementation(name)
     return report
 

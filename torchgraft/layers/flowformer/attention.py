@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import Any
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from torchgraft.layers._interface import register_attention
 from torchgraft.ops.flow_attention import (
     Clamp,
     FeatureMap,
@@ -155,37 +154,7 @@ def register_flow_attention(name: str = "flow") -> None:
         >>> model = BertModel(small)
         >>> model.set_attn_implementation("flow")
     """
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
-    AttentionInterface.register(name, _transformers_attention)
-    AttentionMaskInterface.register(name, _transformers_mask)
-
-
-def _transformers_mask(
-    *args: Any,
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    mask_function: Callable[..., Any] | None = None,
-    **kwargs: Any,
-) -> Tensor | None:
-    """Hand the two-dimensional padding mask through; transformers would otherwise write out an L x L one."""
-    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
-
-    if local_size is not None:
-        raise ValueError(
-            f"flow attention cannot take a sliding window (this model has one of {local_size}); set "
-            "sliding_window=None in its config or use attn_implementation='sdpa'"
-        )
-    if mask_function not in (None, causal_mask_function, bidirectional_mask_function):
-        raise ValueError(
-            "flow attention cannot take masks other than causal and padding, such as several sequences packed into a "
-            "row (position_ids that start again) or a prefix that sees all of itself; pad instead, with an "
-            "attention_mask, or use attn_implementation='sdpa'"
-        )
-    if attention_mask is None or bool(attention_mask.all()):
-        return None
-    return attention_mask.bool()
+    register_attention(name, "flow", _for_transformers)
 
 
 def _attends_across(module: nn.Module) -> bool:
@@ -195,9 +164,6 @@ def _attends_across(module: nn.Module) -> bool:
     """
     flags = (getattr(module, name, False) for name in ("is_cross_attention", "is_decoder"))
     return any(flags) or "Cross" in type(module).__name__
-
-
-_REFUSED = ("sliding_window", "s_aux", "softcap", "alibi", "position_bias")
 
 
 def _warn_of_softmax_weights(module: nn.Module) -> None:
@@ -210,43 +176,20 @@ def _warn_of_softmax_weights(module: nn.Module) -> None:
         )
 
 
-def _transformers_attention(
-    module: nn.Module,
+def _for_transformers(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    module: nn.Module,
     *,
-    is_causal: bool | None = None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
+    causal: bool,
+    key_padding_mask: Tensor | None,
+    scale: float | None,
+) -> Tensor:
     _warn_of_softmax_weights(module)
-    for refused in _REFUSED:
-        if kwargs.get(refused) is not None:
-            raise ValueError(f"flow attention cannot take {refused}; use attn_implementation='sdpa' for this model")
-    if attention_mask is not None and attention_mask.ndim != 2:
-        raise ValueError(
-            "flow attention cannot take an arbitrary attention mask, only padding of shape (batch, length); got one of "
-            f"shape {tuple(attention_mask.shape)}; use attn_implementation='sdpa' for this model"
-        )
-    causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
-    if causal and query.shape[2] != key.shape[2]:
-        raise ValueError(
-            f"flow attention got {query.shape[2]} queries and {key.shape[2]} cached keys; a key-value cache does "
-            "not hold what it needs, so pass use_cache=False"
-        )
-    if attention_mask is not None and attention_mask.shape[1] != key.shape[2]:
-        raise ValueError(
-            f"attention_mask must have one entry for each of the {key.shape[2]} keys, got {attention_mask.shape[1]}"
-        )
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    padding = None if attention_mask is None else ~attention_mask
     sinks = None
-    if padding is not None and not causal and _attends_across(module):
-        sinks = padding.new_zeros(query.shape[0], query.shape[2])
-    y = flow_attention(query, key, value, is_causal=causal, key_padding_mask=padding, query_padding_mask=sinks)
-    return y.transpose(1, 2).contiguous(), None
+    if key_padding_mask is not None and not causal and _attends_across(module):
+        sinks = key_padding_mask.new_zeros(query.shape[0], query.shape[2])
+    return flow_attention(
+        query, key, value, is_causal=causal, key_padding_mask=key_padding_mask, query_padding_mask=sinks
+    )

@@ -23,9 +23,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
-    SequenceClassifierOutput,
 )
 
+from torchgraft.layers._classification import classified
 from torchgraft.layers.flowformer.attention import FlowAttention
 from torchgraft.ops.flow_attention import FlowState
 
@@ -468,16 +468,7 @@ class FlowformerForSequenceClassification(FlowformerPreTrainedModel):
         hidden = found.last_hidden_state
         mask = hidden.new_ones(hidden.shape[:2]) if attention_mask is None else (attention_mask != 0).to(hidden.dtype)
         logits = self.score((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
-        loss = None
-        if labels is not None:
-            if self.config.problem_type is None:
-                whole = labels.dtype in (torch.long, torch.int)
-                many = "single_label_classification" if whole else "multi_label_classification"
-                self.config.problem_type = "regression" if self.num_labels == 1 else many
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-        if return_dict is False:
-            return tuple(part for part in (loss, logits, found.hidden_states) if part is not None)
-        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=found.hidden_states)
+        return classified(self, logits, labels, found.hidden_states, return_dict)
 
 
 AutoConfig.register("flowformer", FlowformerConfig, exist_ok=True)

@@ -20,8 +20,9 @@ from transformers import (
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput
 
+from torchgraft.layers._classification import classified
 from torchgraft.layers.hydra.layer import HydraMixer, initial_dt_bias
 from torchgraft.layers.hydra.mixers import Cauchy, MatrixMixer, Quasiseparable, Toeplitz
 
@@ -427,16 +428,7 @@ class HydraForSequenceClassification(HydraPreTrainedModel):
             output_attentions,
         )  # fmt: skip
         logits = self.classifier(self.dropout(found.pooler_output))
-        loss = None
-        if labels is not None:
-            if self.config.problem_type is None:
-                whole = labels.dtype in (torch.long, torch.int)
-                many = "single_label_classification" if whole else "multi_label_classification"
-                self.config.problem_type = "regression" if self.num_labels == 1 else many
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-        if return_dict is False:
-            return tuple(part for part in (loss, logits, found.hidden_states) if part is not None)
-        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=found.hidden_states)
+        return classified(self, logits, labels, found.hidden_states, return_dict)
 
 
 def load_published(checkpoint: str | Path | Mapping[str, Any], **settings: Any) -> HydraForMaskedLM:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from torchgraft.surgery import evaluating
 from torchgraft.vision.invariance_transfer.dataset import Transforms2D, Twins
 from torchgraft.vision.invariance_transfer.transforms import Transform
 
@@ -25,20 +26,6 @@ Metric = Literal["l2", "cos", "dot", "cka"]
 Pool = Literal["auto", "pooler", "cls", "mean"]
 METRICS: tuple[Metric, ...] = ("l2", "cos", "dot", "cka")
 PENULTIMATE = "penultimate"
-
-
-@contextmanager
-def _evaluating(model: Model) -> Iterator[None]:
-    """Eval mode without gradients; every part's own mode is put back."""
-    modes = {m: m.training for m in model.modules()} if isinstance(model, nn.Module) else {}
-    try:
-        if isinstance(model, nn.Module):
-            model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager
@@ -129,7 +116,7 @@ def features(model: Model, inputs: Any, layer: str | None = None, pool: Pool = "
     if pool not in ("auto", "pooler", "cls", "mean"):
         raise ValueError(f"pool must be 'auto', 'pooler', 'cls' or 'mean', got {pool!r}")
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-    with _evaluating(model):
+    with evaluating(model), torch.no_grad():
         if layer is None:
             output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
         else:

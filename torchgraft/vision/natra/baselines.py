@@ -10,10 +10,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchgraft.surgery import evaluating
 from torchgraft.vision.natra.directions import logits_of
 from torchgraft.vision.natra.generator import GeneratorAdapter
 from torchgraft.vision.natra.inversion import InversionResult
-from torchgraft.vision.natra.training import evaluating
 
 
 def pixel_pgd(

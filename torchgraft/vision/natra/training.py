@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchgraft.surgery import evaluating
 from torchgraft.vision.natra.directions import Directions, edit, logits_of
 from torchgraft.vision.natra.generator import GeneratorAdapter
 from torchgraft.vision.natra.inversion import InversionResult, invert
@@ -18,20 +18,6 @@ from torchgraft.vision.natra.inversion import InversionResult, invert
 Model = Callable[..., Any]
 Prepare = Callable[[Tensor], Tensor] | None
 Mode = Literal["reconstruction", "random", "search", "pgd"]
-
-
-@contextmanager
-def evaluating(model: Model) -> Iterator[None]:
-    """A module in eval mode, so that looking for hard edits moves no batch norm; every part's mode comes back."""
-    parts = list(model.modules()) if isinstance(model, nn.Module) else []
-    modes = [part.training for part in parts]
-    try:
-        for part in parts:
-            part.training = False
-        yield
-    finally:
-        for part, mode in zip(parts, modes, strict=True):
-            part.training = mode
 
 
 class NaturalEdit(NamedTuple):
@@ -149,6 +135,7 @@ class NaTraAugment(nn.Module):
             loss = start = amounts.new_full((len(rows),), torch.nan)
         else:
             assert model is not None
+            # looking for hard edits must move no batch norm
             with evaluating(model):
                 found = self._searched(draw, losses) if self.mode == "search" else self._climbed(draw(), losses, box)
             amounts, images, loss, start = found
