@@ -87,6 +87,7 @@ def test_report_is_self_contained_and_escaped(toy, tmp_path, monkeypatch):
         (("list", "--tag", "zzz"), "no tag 'zzz'"),
         (("report", "nowhere"), "no finished run"),
         (("bench", "zzz"), "no bench 'zzz'"),
+        (("bench", "rics", "lmuu"), "no bench 'lmuu', did you mean 'lmu'"),
         (("bench", "rics", "--quick", "--device", "cuda:99"), "device 'cuda:99' is not on this machine"),
         (("run", "toy", "--device", "cpuu"), "device 'cpuu' is not on this machine"),
         (("search", ""), "query is empty"),
@@ -103,6 +104,15 @@ def test_smoke_is_not_recorded_as_evidence(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(catalog, "evidence_folder", lambda: tmp_path / "evidence")
     assert "smoke" in call("run", "toy", "--scale", "smoke", "--record").stderr
     assert not (tmp_path / "evidence").exists()
+
+
+def test_several_benches_in_one_command(monkeypatch):
+    case = {"size": {"n": 1}, "ours_s": 1.0, "peer": "peer", "peer_s": 2.0, "ratio": 0.5, "ratio_spread": [0.4, 0.6]}
+    monkeypatch.setattr("torchgraft.experiments.benching.measure", lambda name, **_: {"name": name, "cases": [case]})
+    both = call("bench", "rics", "lmu", "rics")
+    assert both.stdout.splitlines()[::2] == ["rics:", "lmu:"]
+    assert list(json.loads(call("bench", "rics", "lmu", "--json").stdout)) == ["rics", "lmu"]
+    assert json.loads(call("bench", "rics", "--json").stdout)["name"] == "rics"
 
 
 def test_doctor_names_packages_and_what_to_install():

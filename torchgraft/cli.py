@@ -279,7 +279,9 @@ def _table(record: dict[str, Any]) -> None:
 
 @app.command()
 def bench(
-    name: Annotated[str | None, typer.Argument(help="A bench; without one, all are listed.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="One or several benches; without one, all are listed.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Two or three tiny cases.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     record: Annotated[bool, typer.Option("--record", help="Write evidence/bench/<name>.json and figures.")] = False,
@@ -293,37 +295,47 @@ def bench(
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     import torchgraft.bench as benches
 
-    names = [module.name for module in pkgutil.iter_modules(benches.__path__)]
-    if name is None:
-        typer.echo("\n".join(names))
+    known = [module.name for module in pkgutil.iter_modules(benches.__path__)]
+    if not names:
+        typer.echo("\n".join(known))
         return
-    if name not in names:
-        _stop(f"no bench {name!r}{_nearest(name, names)}; there are: {', '.join(names)}")
+    for name in names:
+        if name not in known:
+            _stop(f"no bench {name!r}{_nearest(name, known)}; there are: {', '.join(known)}")
     if record and quick:
         _stop("--quick cases are for tests and are not recorded; leave one of the two out")
-    with _explained():
-        from torchgraft.experiments.benching import measure, store
-
-        stored = measure(name, quick=quick, device=device, say=lambda line: typer.echo(line, err=True))
-        if record:
-            folder = catalog.evidence_folder()
-            if folder is None:
-                raise ValueError("--record needs a checkout of the repository; this is an installed package")
-            for path in store(stored, folder / "bench"):
-                typer.echo(f"Recorded: {path}", err=True)
-            for card in catalog.cards().values():
-                if name in card.bench:
-                    catalog.fill(card.slug)
+    found = {}
+    for name in dict.fromkeys(names):
+        with _explained():
+            found[name] = _measured(name, quick=quick, device=device, record=record)
+        if not as_json:
+            if len(names) > 1:
+                typer.echo(f"{name}:")
+            for case in found[name]["cases"]:
+                size = ", ".join(f"{key} {value}" for key, value in case["size"].items())
+                low, high = case["ratio_spread"]
+                typer.echo(
+                    f"{size} | ours {case['ours_s']:.4g} s, {case['peer']} {case['peer_s']:.4g} s, "
+                    f"ratio {case['ratio']:.3g} ({low:.3g} to {high:.3g})"
+                )
     if as_json:
-        typer.echo(json.dumps(stored, indent=1))
-        return
-    for case in stored["cases"]:
-        size = ", ".join(f"{key} {value}" for key, value in case["size"].items())
-        low, high = case["ratio_spread"]
-        typer.echo(
-            f"{size} | ours {case['ours_s']:.4g} s, {case['peer']} {case['peer_s']:.4g} s, "
-            f"ratio {case['ratio']:.3g} ({low:.3g} to {high:.3g})"
-        )
+        typer.echo(json.dumps(found if len(found) > 1 else next(iter(found.values())), indent=1))
+
+
+def _measured(name: str, *, quick: bool, device: str, record: bool) -> dict[str, Any]:
+    from torchgraft.experiments.benching import measure, store
+
+    stored = measure(name, quick=quick, device=device, say=lambda line: typer.echo(line, err=True))
+    if record:
+        folder = catalog.evidence_folder()
+        if folder is None:
+            raise ValueError("--record needs a checkout of the repository; this is an installed package")
+        for path in store(stored, folder / "bench"):
+            typer.echo(f"Recorded: {path}", err=True)
+        for card in catalog.cards().values():
+            if name in card.bench:
+                catalog.fill(card.slug)
+    return stored
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:
