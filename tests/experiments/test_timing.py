@@ -29,6 +29,11 @@ def test_compare_reports_the_ratio_of_ours_to_the_peer():
     assert record["peak_bytes_ours"] >= 400 * 400 * 4
 
 
+def test_a_slow_case_says_how_often():
+    case = Case({"n": 1}, ours=lambda: None, peer=lambda: None, repeats=2)
+    assert compare(case, repeats=5, seconds=0.0, memory=False)["repeats"] == 2
+
+
 def test_case_needs_work_or_a_way_to_make_it():
     with pytest.raises(ValueError, match="either"):
         Case({"n": 1})

@@ -217,6 +217,87 @@ def test_mixture_trains_on_either_view_with_the_odds_of_the_multiplier(batch):
     assert none.dual.value.item() == pytest.approx(0.5 * (math.log(2) - 0.1), abs=1e-5)
 
 
+def waves(*shape, phase):
+    """Numbers in 0..1 that no random generator has to reproduce."""
+    whole = (torch.arange(math.prod(shape), dtype=torch.float64) * 12.9898 + phase).sin() * 43758.5453
+    return (whole - whole.floor()).view(shape)
+
+
+def small_net():
+    net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(2 * 4, 3)).double()
+    for k, p in enumerate(net.parameters()):
+        p.data = 2 * waves(*p.shape, phase=float(k)) - 1
+    return net
+
+
+# computed by run_epoch_dual of TrivialAugment/train_pd_batch.py, ihounie/daug at 3fcb9b9, on these inputs: multipliers
+# and transformed losses of three steps, levels kept in the last one, last bias
+OFFICIAL = {
+    (3, 1, False): (
+        [0.595046998, 1.037194499, 1.451240737],
+        [1.290093972, 1.584295004, 1.528092475],
+        [11, 12, 13, 14, 15],
+        [0.5731799, 0.630032237, -0.565834207],
+    ),
+    (2, 2, False): (
+        [0.71084658, 1.259816073, 1.624300715],
+        [1.521693136, 1.797938986, 1.428969284],
+        [21, 22, 23, 24, 25, 26, 27, 28, 19, 30],
+        [0.583293701, 0.611918944, -0.557834715],
+    ),
+    (2, 1, True): (
+        [0.566191448, 1.118569195, 1.581638887],
+        [1.232382872, 1.804755493, 1.626139384],
+        [21, 27, 23, 29, 30],
+        [0.656402814, 0.65996727, -0.678992154],
+    ),
+}
+
+
+@pytest.mark.parametrize(("mh_steps", "chains", "mixture"), OFFICIAL)
+def test_the_loop_is_the_official_one_on_the_same_proposals_and_draws(mh_steps, chains, mixture, monkeypatch):
+    steps, b = 3, 5
+    model = small_net()
+    constraint = InvarianceConstraint(
+        AugmentationSpace.trivial(4), margin=0.7, dual_lr=0.5, dual_init=0.3, mh_steps=mh_steps, chains=chains,
+        mixture=mixture,
+    ).double()  # fmt: skip
+    trainer = InvarianceConstrainedTrainer(
+        model, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True), constraint
+    )
+    each = mh_steps * chains
+    x, y = waves(steps * b, 3, 4, 4, phase=20.0), torch.arange(steps * b) % 3
+    views = waves(steps, each * b, 3, 4, 4, phase=30.0)
+    levels = (1 + torch.arange(steps * each * b) % 30).view(steps, -1) / 30
+    shapes = [(chains, b)] * (mh_steps - 1) + [(b,)] * mixture
+    draws = iter([waves(*shape, phase=40.0 + 10 * t + k) for t in range(steps) for k, shape in enumerate(shapes)])
+    proposals = iter(zip(views, torch.zeros(steps, each * b).long(), levels, strict=True))
+    monkeypatch.setattr(constraint, "propose", lambda *_: next(proposals))
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: next(draws))
+    infos = [trainer.step(x[t * b : (t + 1) * b], y[t * b : (t + 1) * b]) for t in range(steps)]
+    duals, losses, kept, bias = OFFICIAL[mh_steps, chains, mixture]
+    assert constraint.history.flatten().tolist() == pytest.approx(duals, abs=1e-8)
+    assert [info.aug_loss.item() for info in infos] == pytest.approx(losses, abs=1e-8)
+    assert (30 * infos[-1].levels).round().flatten().tolist() == kept
+    assert model[4].bias.tolist() == pytest.approx(bias, abs=1e-8)
+
+
+def test_the_threshold_leaves_out_what_is_easy():
+    """Three operations of loss 0.1, 1 and 3; beyond a threshold of 0.9 the chain visits them as 0 : 0.1 : 2.1."""
+    losses = torch.tensor([0.1, 1.0, 3.0])
+    ops = {str(k): (lambda x, level, sign, k=k: torch.full_like(x, float(k))) for k in range(3)}
+    constraint = InvarianceConstraint(
+        AugmentationSpace(ops), mh_steps=60, threshold=0.9,
+        loss_fn=lambda logits, y, reduction: losses[logits[:, 0].round().long()],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = lambda x: torch.cat([x, 1 - x], 1)  # noqa: E731
+    constraint(model, torch.zeros(4000, 1), torch.zeros(4000).long())
+    share = torch.tensor(list(symmetry_report(constraint).operations.values())) / 4000
+    assert share[0] == 0
+    assert share[2].item() == pytest.approx(2.1 / 2.2, abs=0.02)
+
+
 def test_a_convex_problem_meets_its_constraint_with_complementary_slackness():
     """Logistic regression on two blobs; the transformation disturbs the coordinate that tells them apart best."""
     generator = torch.Generator().manual_seed(0)
@@ -334,6 +415,8 @@ def constraint(**changes):
         (lambda x, y: constraint(groups={"g": ["twist"]}), ValueError, "twist; there are"),
         (lambda x, y: constraint(groups={"g": ["identity"]}), ValueError, "no operation"),
         (lambda x, y: constraint(mixture=True, chains=2), ValueError, "mixture"),
+        (lambda x, y: constraint(threshold=-1.0), ValueError, "threshold"),
+        (lambda x, y: constraint(margin="0.5"), TypeError, "margin must be a number"),
         (lambda x, y: constraint(proposal_mode="off"), ValueError, "proposal_mode"),
         (lambda x, y: constraint()(net(), x, y[:3]), ValueError, "equally many"),
         (lambda x, y: constraint()(net(), x * 3, y), ValueError, "before normalising"),

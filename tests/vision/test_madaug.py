@@ -279,19 +279,50 @@ def test_transformers_trainer_and_collate(tmp_path):
         (lambda: made(delta=2), "delta"),
         (lambda: made(tau=-1), "tau"),
         (lambda: made(hypergradient="none"), "hypergradient"),
-        (lambda: made(inner_lr=None), "optimizer or inner_lr"),
+        (lambda: made(inner_lr=None), "SGD optimizer or inner_lr"),
+        (lambda: made(inner_lr=None, optimizer=torch.optim.Adam(net().parameters())), "Adam without inner_lr"),
+        (lambda: made(inner_lr=-0.1), "inner_lr must be positive"),
         (lambda: MADAug(net(), AugmentationPolicy(6, 17), OPS, None, inner_lr=1), "hold_out"),
         (lambda: MADAug(net(), AugmentationPolicy(6, 5), OPS, None, frozen=True), "ops has 17"),
         (lambda: MADAug(net(), AugmentationPolicy(9, 17), OPS, None, frozen=True), "takes 9 features"),
         (lambda: MADAug(nn.Conv2d(3, 4, 1), AugmentationPolicy(6, 17), OPS, None, frozen=True), "no nn.Linear"),
         (lambda: made().policy_step(batch()[0], batch()[1][:3]), "equally many"),
         (lambda: made().augment(batch()[0] * 2, 100), "before normalising"),
-        (lambda: made().augment(batch()[0] * torch.nan, 100), "0, 1|nan|prob"),
+        (lambda: made().augment(batch()[0] * torch.nan, 100), "NaN"),
+        (lambda: made().augment(batch()[0][0], 100), "images of shape"),
+        (lambda: made().policy_step(torch.rand(8, 4, 8, 8), batch()[1]), "images of shape"),
+        (lambda: made().policy_step(batch()[0] / math.inf * math.inf, batch()[1]), "NaN"),
+        (lambda: made(ops=SMOOTH).policy_step(batch()[0] / 0, batch()[1]), "infinity"),
+        (
+            lambda: MADAug(
+                net(), AugmentationPolicy(6, 17), OPS, [(2 * batch()[0], batch()[1])], inner_lr=1
+            ).policy_step(*batch()),
+            "before normalising",
+        ),
         (lambda: MADAug(net(), AugmentationPolicy(6, 17), OPS, [], inner_lr=1).policy_step(*batch()), "no batch"),
         (lambda: MADAug(net(), AugmentationPolicy(6, 17), OPS, None, frozen=True).policy_step(*batch()), "frozen"),
         (lambda: MADAugModel(made())(batch()[0]), "labels"),
     ],
 )
 def test_bad_input(without_shape_checks, call, message):
-    with pytest.raises((ValueError, RuntimeError), match=message):
+    with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_wrong_types(without_shape_checks):
+    with pytest.raises(TypeError, match=r"uint8; divide bytes by 255"):
+        made().augment((batch()[0] * 255).byte(), 100)
+    with pytest.raises(TypeError, match="float32"):
+        MADAug(net(), AugmentationPolicy(6, 17).half(), OPS, [batch()], inner_lr=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_policy_keeps_its_precision_beside_a_model_of_another(dtype):
+    model = net().to(dtype)
+    madaug = MADAug(model, AugmentationPolicy(6, 17), OPS, [batch(8, 3, dtype)], inner_lr=0.1, tau=None)
+    x, y = batch(dtype=dtype)
+    before = madaug.policy.projection[0].weight.clone()
+    out = madaug.step(x, y)
+    assert out.dtype == dtype
+    assert not torch.equal(out, x)
+    assert not torch.equal(madaug.policy.projection[0].weight, before)

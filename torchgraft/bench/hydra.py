@@ -103,6 +103,9 @@ def figures(record: Mapping[str, Any]) -> Mapping[str, Figure]:
                 ax.legend(frameon=False, fontsize=8)
             else:
                 ax.set_xlabel("length")
+            lengths = sorted({c["size"]["length"] for c in record["cases"]})
+            ax.set_xticks(lengths, [f"{length:,}" for length in lengths], fontsize=8)
+            ax.minorticks_off()
     where = record["environment"]
     figure.suptitle(
         f"one layer, batch 1, width {WIDTH}, {STATES} states, heads of {HEADDIM}, float32, "

@@ -21,6 +21,7 @@ class Case:
         peer_name: which peer this is, when a bench has several.
         make: not needed when the work is ready to run; otherwise called before timing and returns
             ``(ours, peer)``, so that the tensors of a large case exist only while it is measured.
+        repeats: fewest repetitions of each side, where a peer needs minutes and the usual number would take an hour.
     """
 
     size: Mapping[str, Any]
@@ -28,6 +29,7 @@ class Case:
     peer: Callable[[], Any] | None = None
     peer_name: str = ""
     make: Callable[[], tuple[Callable[[], Any], Callable[[], Any]]] | None = None
+    repeats: int | None = None
 
     def __post_init__(self) -> None:
         ready = self.ours is not None and self.peer is not None
@@ -95,7 +97,7 @@ def compare(
     Args:
         case: what to run.
         device: where it runs; CUDA is synchronised around every repetition.
-        repeats: fewest repetitions of each side; more follow until ``seconds`` are spent.
+        repeats: fewest repetitions of each side, if the case does not say; more follow until ``seconds`` are spent.
         seconds: about how long to go on, both sides together.
         memory: measure the peak memory too, in a separate untimed repetition.
 
@@ -123,7 +125,8 @@ def compare(
     once(peer)
     mine, theirs = Timing(), Timing()
     deadline = time.perf_counter() + seconds
-    while len(mine.seconds) < repeats or (time.perf_counter() < deadline and len(mine.seconds) < 200):
+    fewest = case.repeats or repeats
+    while len(mine.seconds) < fewest or (time.perf_counter() < deadline and len(mine.seconds) < 200):
         # the order within a pair alternates, so that neither side always finds the other's caches
         first, second = ((ours, mine), (peer, theirs)) if len(mine.seconds) % 2 == 0 else ((peer, theirs), (ours, mine))
         first[1].seconds.append(once(first[0]))

@@ -28,6 +28,7 @@ class AugmentationSpace:
         operations: name to ``fn(x, level, sign)``. ``x`` holds the n examples that drew this operation, ``level`` is
             (n,) in [0, 1], ``sign`` is (n,) of -1 or 1 for operations with a direction. Any data will do: the ready
             spaces are for images, an operation of yours may jitter time series or mask tokens.
+        check: raises for examples that the operations cannot take; ``apply`` and ``apply_all`` call it once for all.
 
     Raises:
         ValueError: for no operations.
@@ -40,10 +41,10 @@ class AugmentationSpace:
         (torch.Size([4, 3, 32, 32]), True)
     """
 
-    def __init__(self, operations: Mapping[str, Operation]) -> None:
+    def __init__(self, operations: Mapping[str, Operation], check: Callable[[Tensor], None] | None = None) -> None:
         if not operations:
             raise ValueError("operations is empty; give at least one name: fn(x, level, sign)")
-        self.operations = dict(operations)
+        self.operations, self._check = dict(operations), check
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -61,7 +62,12 @@ class AugmentationSpace:
         unknown = [name for name in names if name not in self.operations]
         if unknown:
             raise ValueError(f"names has {', '.join(unknown)}; there are {', '.join(self.names)}")
-        return AugmentationSpace({name: self.operations[name] for name in names})
+        return AugmentationSpace({name: self.operations[name] for name in names}, self._check)
+
+    def check(self, x: Tensor) -> None:
+        """Raise for examples that the operations cannot take; the ready spaces take images in [0, 1]."""
+        if self._check is not None:
+            self._check(x)
 
     def apply(
         self, x: Tensor, op_idx: Int64[Tensor, " b"], level: Float[Tensor, " b"], sign: Tensor | None = None
@@ -87,6 +93,7 @@ class AugmentationSpace:
         sign = self._checked(level, sign)
         if x.dtype == torch.uint8:
             return (self.apply(x / 255, op_idx, level, sign) * 255).round().to(torch.uint8)
+        self.check(x)
         out = x.clone()
         for index, operation in enumerate(self.operations.values()):
             rows = (op_idx == index).nonzero().flatten()
@@ -113,6 +120,7 @@ class AugmentationSpace:
         sign = self._checked(levels, sign)
         if x.dtype == torch.uint8:
             return (self.apply_all(x / 255, levels, sign) * 255).round().to(torch.uint8)
+        self.check(x)
         each = enumerate(self.operations.values())
         return torch.stack([fn(x, levels[:, k], sign[:, k]).to(x.dtype) for k, fn in each], 1)
 
@@ -157,7 +165,8 @@ class AugmentationSpace:
                 "cutout": _ranged(_cutout, 0, 0.2 * size, signed=False),
                 "flip": _fixed(lambda x: x.flip(3)),
                 "identity": _fixed(lambda x: x),
-            }
+            },
+            _images,
         )
 
     @classmethod
@@ -193,7 +202,8 @@ class AugmentationSpace:
                 "shear_y": _ranged(_shear_y, 0, shear),
                 "translate_x": _ranged(_translate_x, 0, shift, whole=True),
                 "translate_y": _ranged(_translate_y, 0, shift, whole=True),
-            }
+            },
+            _images,
         )
 
 
@@ -202,7 +212,7 @@ def _check_size(size: int) -> None:
         raise ValueError(f"size must be the side of the images in pixels, got {size}")
 
 
-def _images(x: Tensor) -> Tensor:
+def _images(x: Tensor) -> None:
     if x.ndim != 4 or x.shape[1] not in (1, 3):
         raise ValueError(f"x must be images of shape (B, 3, H, W) or (B, 1, H, W), got {tuple(x.shape)}")
     if not x.is_floating_point():
@@ -211,7 +221,6 @@ def _images(x: Tensor) -> Tensor:
         raise ValueError(
             f"x must lie in [0, 1], got {float(x.amin()):.3g}..{float(x.amax()):.3g}; augment before normalising"
         )
-    return x
 
 
 def _ranged(
@@ -221,14 +230,14 @@ def _ranged(
         value = low + level.to(torch.float32) * (high - low)
         if whole:
             value = value.trunc()
-        return function(_images(x), value * sign if signed else value)
+        return function(x, value * sign.to(value) if signed else value)
 
     return operation
 
 
 def _fixed(function: Callable[[Tensor], Tensor]) -> Operation:
     def operation(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-        return function(_images(x))
+        return function(x)
 
     return operation
 

@@ -7,9 +7,10 @@ needs no gradients of the transformations.
 
 Legend: B examples, S proposals of a chain, C chains of an example, K groups of operations with a multiplier each.
 
-Facts of the official code (ihounie/daug, commit 103cd1f, ``train_pd_batch.py``): proposals are scored in train mode;
-the transformed loss that drives the multiplier is the one of the weights before the step. It keeps the last states of
-one chain where more than one transformation is asked for; here there are C independent chains, as in the paper.
+Facts of the official code (ihounie/daug, commit 3fcb9b9, ``train_pd_batch.py``; its loop, run beside ours on the same
+proposals and draws, gives the same operations, multipliers and weights to rounding): proposals are scored in train
+mode; the transformed loss that drives the multiplier is the one of the weights before the step, with the mixture that
+of the scores. With one proposal it scores it too, which here happens with the mixture only.
 """
 
 from __future__ import annotations
@@ -148,7 +149,7 @@ class StepInfo(NamedTuple):
     Attributes:
         loss: the Lagrangian, to be minimised.
         clean_loss: mean loss on the clean examples, detached.
-        aug_loss: (K,), mean loss on the transformed examples of each group, detached.
+        aug_loss: (K,), mean loss on the transformed examples of each group, detached; with ``mixture`` as scored.
         dual: (K,), the multipliers that the loss was made with.
         accept_rate: share of the chains that ended away from their first proposal; NaN with one proposal.
         op_ids: (K, C, B), the sampled operations, indices into the names of the space.
@@ -164,6 +165,16 @@ class StepInfo(NamedTuple):
     op_ids: Tensor
     levels: Tensor
     logits: Tensor
+
+
+class _Sampled(NamedTuple):
+    """Views (C * B, ...) where the chains of a group end, their operations, levels and scores (C, B); the rate."""
+
+    views: Tensor
+    op_ids: Tensor
+    levels: Tensor
+    losses: Tensor | None
+    rate: float
 
 
 class SymmetryReport(NamedTuple):
@@ -196,6 +207,8 @@ class InvarianceConstraint(nn.Module):
         dual_init: first multipliers.
         dual_max: bound of the multipliers; reaching it warns.
         mh_steps: proposals of a chain (S); 1 samples uniformly.
+        threshold: transformations are sampled in proportion to ``[loss - threshold]_+``, the general form of the paper,
+            whose experiments use 0 (unverified).
         chains: transformations of each example (C).
         groups: name to operation names; each group has its own constraint and multiplier. One group of all without it.
         mixture: train on each example either clean or transformed, with odds 1 to the multiplier, in one pass
@@ -228,6 +241,7 @@ class InvarianceConstraint(nn.Module):
         dual_init: float = 0.0,
         dual_max: float | None = None,
         mh_steps: int = 2,
+        threshold: float = 0.0,
         chains: int = 1,
         groups: Mapping[str, Sequence[str]] | None = None,
         mixture: bool = False,
@@ -240,6 +254,8 @@ class InvarianceConstraint(nn.Module):
         for name, number in (("mh_steps", mh_steps), ("chains", chains)):
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
+        if not 0 <= threshold < float("inf"):
+            raise ValueError(f"threshold must be a loss, not negative and finite, got {threshold}")
         if proposal_mode not in ("train", "eval"):
             raise ValueError(f"proposal_mode must be 'train' or 'eval', got {proposal_mode!r}")
         groups = {"all": transforms.names} if groups is None else dict(groups)
@@ -247,6 +263,8 @@ class InvarianceConstraint(nn.Module):
             raise ValueError(f"mixture takes one chain and one group, got {chains} and {len(groups)}")
         self.transforms, self.groups = transforms, {name: tuple(ops) for name, ops in groups.items()}
         self._choices = [self._indices(name, ops) for name, ops in self.groups.items()]
+        if not isinstance(margin, int | float | Mapping):
+            raise TypeError(f"margin must be a number, or one for each group by name, got {margin!r}")
         margins = dict.fromkeys(self.groups, margin) if isinstance(margin, int | float) else dict(margin)
         if margins.keys() != self.groups.keys():
             raise ValueError(f"margin must name the groups {', '.join(self.groups)}, got {', '.join(margins)}")
@@ -254,7 +272,7 @@ class InvarianceConstraint(nn.Module):
             raise ValueError(f"margin must not be negative, got {margin}")
         self.margins = tuple(float(margins[name]) for name in self.groups)
         self.dual = DualVariable(len(self.groups), dual_lr, dual_init, dual_max)
-        self.mh_steps, self.chains, self.mixture = mh_steps, chains, mixture
+        self.mh_steps, self.chains, self.mixture, self.threshold = mh_steps, chains, mixture, threshold
         self.loss_fn, self.prepare = loss_fn, prepare or _unchanged
         self.proposal_mode, self.joint_forward = proposal_mode, joint_forward
         self.register_buffer("counts", torch.zeros(len(transforms), LEVELS, dtype=torch.int64))
@@ -327,13 +345,13 @@ class InvarianceConstraint(nn.Module):
         if len(x) != len(y) or len(x) == 0:
             raise ValueError(f"x and y must be equally many and not none, got {len(x)} and {len(y)}")
         sampled = [self._sample(model, x, y, k, generator) for k in range(len(self.groups))]
-        images = [s[0] for s in sampled]
-        op_ids, levels = torch.stack([s[1] for s in sampled]), torch.stack([s[2] for s in sampled])
+        images = [s.views for s in sampled]
+        op_ids, levels = torch.stack([s.op_ids for s in sampled]), torch.stack([s.levels for s in sampled])
         dual = self.dual.value.clone()
         clean = self.prepare(x)
         targets = y.repeat(self.chains, *[1] * (y.ndim - 1))
         if self.mixture:
-            loss, clean_loss, aug_loss, logits = self._mixed(model, clean, images[0], y, float(dual), generator)
+            loss, clean_loss, aug_loss, logits = self._mixed(model, clean, sampled[0], y, float(dual), generator)
         else:
             if self.joint_forward:
                 out = logits_of(model(torch.cat([clean, *images])))
@@ -352,39 +370,39 @@ class InvarianceConstraint(nn.Module):
             # an infinite margin leaves its multiplier at zero rather than moving it by infinity
             self.dual.update(slack.clamp(min=torch.finfo(slack.dtype).min))
             self._count(op_ids, levels)
-        rates = [s[3] for s in sampled]
+        rates = [s.rate for s in sampled]
         return StepInfo(loss, clean_loss, aug_loss, dual, sum(rates) / len(rates), op_ids, levels, logits)
 
     def _sample(
         self, model: Callable[[Tensor], Any], x: Tensor, y: Tensor, group: int, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor, Tensor, float]:
-        """Views where the chains end (C * B, ...), their operations and levels (C, B), and the acceptance rate."""
+    ) -> _Sampled:
         proposals, op, level = self.propose(x, group, generator)
         proposals = self.prepare(proposals)
         shape = (self.mh_steps, self.chains, len(x))
-        if self.mh_steps == 1:
-            return proposals, op.view(shape)[0], level.view(shape)[0], float("nan")
+        if self.mh_steps == 1 and not self.mixture:
+            return _Sampled(proposals, op.view(shape)[0], level.view(shape)[0], None, float("nan"))
         with torch.no_grad(), nullcontext() if self.proposal_mode == "train" else evaluating(model):
             targets = y.repeat(self.mh_steps * self.chains, *[1] * (y.ndim - 1))
             losses = self._losses(logits_of(model(proposals)), targets).view(shape)
-        final = mh_sample(losses.float(), generator=generator)
+        scores = losses.float() if losses.dtype in (torch.float16, torch.bfloat16) else losses
+        # what is below zero is negative by itself, not by the threshold, and must be refused
+        scores = (scores - self.threshold).clamp(min=0) if self.threshold and bool((scores >= 0).all()) else scores
+        final = mh_sample(scores, generator=generator)
         rows = torch.arange(losses[0].numel(), device=x.device).view(shape[1:]) + final * losses[0].numel()
-        return proposals[rows.flatten()], op[rows], level[rows], (final != 0).float().mean().item()
+        rate = (final != 0).float().mean().item() if self.mh_steps > 1 else float("nan")
+        return _Sampled(proposals[rows.flatten()], op[rows], level[rows], losses.flatten()[rows], rate)
 
     def _mixed(
-        self, model: Callable[[Tensor], Any], clean: Tensor, view: Tensor, y: Tensor, dual: float,
+        self, model: Callable[[Tensor], Any], clean: Tensor, sampled: _Sampled, y: Tensor, dual: float,
         generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         keep = torch.rand(len(y), generator=generator, device=clean.device) < 1 / (1 + dual)
-        logits = logits_of(model(torch.where(keep.view(-1, *[1] * (clean.ndim - 1)), clean, view)))
+        logits = logits_of(model(torch.where(keep.view(-1, *[1] * (clean.ndim - 1)), clean, sampled.views)))
         losses = self._losses(logits, y)
-        parts = [losses.detach()[chosen] for chosen in (keep, ~keep)]
-        if not len(parts[1]):
-            # nobody drew a transformation: look at one without training on it, or the multiplier could never rise
-            with torch.no_grad():
-                parts[1] = self._losses(logits_of(model(view)), y)
-        clean_loss = parts[0].mean() if len(parts[0]) else losses.new_tensor(torch.nan)
-        return losses.mean(), clean_loss, parts[1].mean()[None], logits.detach()
+        assert sampled.losses is not None
+        clean_loss = losses.detach()[keep].mean() if bool(keep.any()) else losses.new_tensor(torch.nan)
+        # the scores cover every example, also where none drew a transformation and the multiplier could never rise
+        return losses.mean(), clean_loss, sampled.losses.mean()[None], logits.detach()
 
     def _losses(self, logits: Tensor, y: Tensor) -> Tensor:
         losses = self.loss_fn(logits, y, reduction="none")

@@ -240,8 +240,8 @@ class MADAug:
         ops: the operations.
         validation: batches ``(x, y)`` of held-out examples, gone through again and again (a ``DataLoader``); may be
             ``None`` for a frozen policy.
-        optimizer: of the task model; gives the virtual step its learning rate, weight decay and momentum (SGD).
-        inner_lr: of the virtual step instead.
+        optimizer: of the task model; SGD gives the virtual step its learning rate, weight decay and momentum.
+        inner_lr: of a virtual step of plain gradient descent, where the optimiser is another one.
         prepare: from [0, 1] to what the task model takes (normalisation), after the operations.
         search_every: batches from one policy step to the next.
         search_batch: images of a policy step.
@@ -306,8 +306,15 @@ class MADAug:
         if not frozen:
             if validation is None:
                 raise ValueError("validation is None; hold examples out of the training set, for instance by hold_out")
-            if optimizer is None and inner_lr is None:
-                raise ValueError("optimizer or inner_lr is needed for the virtual step of the task model")
+            if inner_lr is None and not isinstance(optimizer, torch.optim.SGD):
+                got = "neither" if optimizer is None else f"{type(optimizer).__name__} without inner_lr"
+                raise ValueError(f"the virtual step needs an SGD optimizer or inner_lr, a plain step's; got {got}")
+            if inner_lr is not None and not inner_lr > 0:
+                raise ValueError(f"inner_lr must be positive, got {inner_lr}")
+            if any(p.dtype in (torch.float16, torch.bfloat16) for p in policy.parameters()):
+                raise TypeError(
+                    "policy must stay in float32: its gradient is a second derivative; the task model may not"
+                )
         if tau is not None:
             curriculum(0, tau)
         self.task_model, self.policy, self.ops = task_model, policy, ops
@@ -344,6 +351,13 @@ class MADAug:
             )
         return found[0]
 
+    def _check(self, x: Tensor) -> None:
+        if not x.is_floating_point():
+            raise TypeError(f"x and validation must be floats, images in [0, 1], got {x.dtype}; divide bytes by 255")
+        if not bool(x.isfinite().all()):
+            raise ValueError("x and validation must be finite, got NaN or infinity")
+        self.ops.check(x)
+
     def _seen(self, x: Tensor) -> Tensor:
         """Features in the policy's precision, which is not lowered with the task model's."""
         return self.features(x).to(next(self.policy.parameters()).dtype)
@@ -359,6 +373,7 @@ class MADAug:
         Returns:
             A new tensor like ``x``; ``prepare`` is still to be applied.
         """
+        self._check(x)
         share = 1.0 if self.tau is None else curriculum(self.epoch if epoch is None else epoch, self.tau)
         n = math.floor(share * len(x))
         if n == 0:
@@ -390,6 +405,7 @@ class MADAug:
             raise ValueError("the policy is frozen; make MADAug with frozen=False and validation data")
         if len(x) != len(y) or len(x) == 0:
             raise ValueError(f"x and y must be equally many and not none, got {len(x)} and {len(y)}")
+        self._check(x)
         x, y = x[: self.search_batch], y[: self.search_batch]
         magnitudes, probabilities = self.policy(self._seen(x))
         with torch.no_grad():
@@ -397,6 +413,7 @@ class MADAug:
             images = self.prepare(images.flatten(0, 1)).unflatten(0, images.shape[:2])
         mixed = mixed_images(images, magnitudes, probabilities)
         held_x, held_y = next(self._validation)
+        self._check(held_x)
         held_x, held_y = self.prepare(held_x.to(x.device)), held_y.to(x.device)
         differentiate = self._exact if self.hypergradient == "exact" else self._finite_difference
         # in training batch norm would have a second graph, and averages to move

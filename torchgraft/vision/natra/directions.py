@@ -22,7 +22,7 @@ def logits_of(model: Callable[..., Any], images: Tensor) -> Float[Tensor, "B N"]
 
     Raises:
         TypeError: when there are no logits (B, classes).
-        ValueError: when they are not finite.
+        FloatingPointError: when they are not finite, as where training diverged.
     """
     out = model(images)
     out = out if isinstance(out, Tensor) else getattr(out, "logits", out)
@@ -30,7 +30,7 @@ def logits_of(model: Callable[..., Any], images: Tensor) -> Float[Tensor, "B N"]
         got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise TypeError(f"the classifier must return logits ({len(images)}, classes), or .logits of that shape; {got}")
     if not bool(out.isfinite().all()):
-        raise ValueError("the classifier's logits are NaN or infinite; look at its weights and input range")
+        raise FloatingPointError("the classifier's logits are NaN or infinite; look at its weights and input range")
     return out
 
 
