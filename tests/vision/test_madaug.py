@@ -137,6 +137,70 @@ def test_the_hypergradient_equals_finite_differences_of_the_validation_loss():
     assert wanted.norm() > 1e-6
 
 
+def waves(*shape, phase):
+    """Numbers in 0..1 that no random generator has to reproduce."""
+    whole = (torch.arange(math.prod(shape), dtype=torch.float64) * 12.9898 + phase).sin() * 43758.5453
+    return (whole - whole.floor()).view(shape)
+
+
+class SmallNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.fc(self.bn(self.conv(x)).relu().mean((2, 3)))
+
+
+# gradients of the policy's bias, and of its weights summed over features, that the policy update of train() in
+# main_higher.py, JackHck/MADAug at fe5445d, gives on these inputs, with the validation loss
+OFFICIAL = {
+    0.0: (
+        1.517509590271,
+        [0.00418561719, 0.00271366901, 0.00235080721, 0.00757421841, 0.00623546231, 6.11222323e-05, -0.0016470555,
+         -0.00464952905],
+        [0.00626506008, 0.0041322812, 0.003451791, 0.0115144338, 0.00583008901, -0.000356179524, -0.00304666322,
+         -0.00242724627],
+    ),
+    0.9: (
+        1.521383874061,
+        [-0.00822943082, -0.00557764266, -0.00502190872, -0.0158216211, -0.0129565905, 0.000152551466, 0.00353016372,
+         0.00927387529],
+        [-0.0119733793, -0.00803878915, -0.00724694603, -0.0229877009, -0.0254936049, 5.37702886e-05, 0.00419082027,
+         0.0212490143],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("momentum", OFFICIAL)
+def test_the_policy_update_is_the_official_one(momentum):
+    def filled(module, phase):
+        for k, p in enumerate(module.parameters()):
+            p.data = 2 * waves(*p.shape, phase=phase + k) - 1
+        return module
+
+    def smoothed(logits, y):
+        return F.cross_entropy(logits, y, label_smoothing=0.1)
+
+    model = filled(SmallNet().double(), 0.0).eval()
+    optimizer = torch.optim.SGD(model.parameters(), 0.3, momentum=momentum, weight_decay=5e-4)
+    x, y = (waves(6, 3, 6, 6, phase=20.0) * 255).round() / 255, torch.arange(6) % 4
+    held = waves(6, 3, 6, 6, phase=30.0), torch.tensor([1, 0, 3, 2, 1, 0])
+    smoothed(model(x), y).backward()
+    optimizer.step()
+    policy = filled(AugmentationPolicy(5, 4).double(), 50.0)
+    madaug = MADAug(
+        model, policy, AugmentationSpace.autoaugment17(6).subset("invert", "flip", "solarize", "identity"), [held],
+        optimizer=optimizer, loss_fn=smoothed, search_batch=6, through_features=True,
+    )  # fmt: skip
+    found = []
+    madaug.policy_optimizer.step = lambda: found.extend(p.grad.clone() for p in policy.parameters())
+    loss, bias, weight = OFFICIAL[momentum]
+    assert madaug.policy_step(x, y).validation_loss == pytest.approx(loss, abs=1e-10)
+    assert found[1].tolist() == pytest.approx(bias, abs=1e-9)
+    assert found[0].sum(1).tolist() == pytest.approx(weight, abs=1e-9)
+
+
 def test_a_policy_step_leaves_the_task_model_bitwise_alone():
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
@@ -282,6 +346,8 @@ def test_transformers_trainer_and_collate(tmp_path):
         (lambda: made(inner_lr=None), "SGD optimizer or inner_lr"),
         (lambda: made(inner_lr=None, optimizer=torch.optim.Adam(net().parameters())), "Adam without inner_lr"),
         (lambda: made(inner_lr=-0.1), "inner_lr must be positive"),
+        (lambda: made(through_features=True, hypergradient="finite_difference"), "through_features"),
+        (lambda: made(through_features=True, feature_model=net()), "through_features"),
         (lambda: MADAug(net(), AugmentationPolicy(6, 17), OPS, None, inner_lr=1), "hold_out"),
         (lambda: MADAug(net(), AugmentationPolicy(6, 5), OPS, None, frozen=True), "ops has 17"),
         (lambda: MADAug(net(), AugmentationPolicy(9, 17), OPS, None, frozen=True), "takes 9 features"),

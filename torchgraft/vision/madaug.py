@@ -7,9 +7,12 @@ share of each batch that is augmented grows from nearly nothing to all.
 
 Legend: B images, K operations, D features.
 
-Facts of the official code (JackHck/MADAug, read, not run; it needs CUDA and ``higher``): the meta pass runs with batch
-norm in evaluation, as here. Its default ``--bi_epochs`` of 300 exceeds its 240 epochs, so the shipped script never
-trains its policy; here the policy is trained from the first call on.
+Facts of the official code (JackHck/MADAug, commit fe5445d; its policy update and its operations were run beside ours on
+CPU): the meta pass runs with batch norm in evaluation, as here. Its virtual step also differentiates through the
+features that the policy sees, a path that no real step has, since drawn operations have no gradient;
+``through_features`` brings it back, and then gradients and Adam step agree to rounding. Its default ``--bi_epochs`` of
+300 exceeds its 240 epochs, so the shipped script never trains its policy; here the policy is trained from the first
+call on.
 """
 
 from __future__ import annotations
@@ -253,6 +256,8 @@ class MADAug:
         loss_fn: mean loss of logits and targets.
         hypergradient: ``"exact"`` by second derivatives, or ``"finite_difference"`` as in DARTS, for models whose
             kernels have none.
+        through_features: take the virtual step through the policy's features too, as the official code does; for the
+            exact hypergradient, and features of the task model itself.
         frozen: use the policy and do not train it.
 
     Raises:
@@ -290,6 +295,7 @@ class MADAug:
         policy_weight_decay: float = 1e-3,
         loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
         hypergradient: Literal["exact", "finite_difference"] = "exact",
+        through_features: bool = False,
         frozen: bool = False,
     ) -> None:
         for name, value in (("search_every", search_every), ("search_batch", search_batch), ("k_ops", k_ops)):
@@ -303,6 +309,8 @@ class MADAug:
             raise ValueError(f"temperature must be positive and delta in [0, 1], got {temperature} and {delta}")
         if hypergradient not in ("exact", "finite_difference"):
             raise ValueError(f"hypergradient must be 'exact' or 'finite_difference', got {hypergradient!r}")
+        if through_features and (hypergradient != "exact" or feature_model not in (None, task_model)):
+            raise ValueError("through_features needs hypergradient='exact' and no other feature_model")
         if not frozen:
             if validation is None:
                 raise ValueError("validation is None; hold examples out of the training set, for instance by hold_out")
@@ -328,7 +336,7 @@ class MADAug:
         self.optimizer, self.inner_lr = optimizer, inner_lr
         self.search_every, self.search_batch = search_every, search_batch
         self.temperature, self.k_ops, self.delta, self.tau = temperature, k_ops, delta, tau
-        self.hypergradient, self.frozen = hypergradient, frozen
+        self.hypergradient, self.through_features, self.frozen = hypergradient, through_features, frozen
         self.policy_optimizer = torch.optim.Adam(policy.parameters(), policy_lr, weight_decay=policy_weight_decay)
         self.history: list[PolicyRecord] = []
         self.epoch = 0.0
@@ -337,10 +345,14 @@ class MADAug:
 
     def features(self, x: Tensor) -> Tensor:
         """(B, D), of images in [0, 1] without operations, the model in evaluation and without gradient."""
+        with torch.no_grad():
+            return self._features(x)
+
+    def _features(self, x: Tensor) -> Tensor:
         found: list[Tensor] = []
         hook = self.head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
         try:
-            with evaluating(self.feature_model), torch.no_grad():
+            with evaluating(self.feature_model):
                 self.feature_model(self.prepare(x))
         finally:
             hook.remove()
@@ -358,9 +370,9 @@ class MADAug:
             raise ValueError("x and validation must be finite, got NaN or infinity")
         self.ops.check(x)
 
-    def _seen(self, x: Tensor) -> Tensor:
+    def _seen(self, features: Tensor) -> Tensor:
         """Features in the policy's precision, which is not lowered with the task model's."""
-        return self.features(x).to(next(self.policy.parameters()).dtype)
+        return features.to(next(self.policy.parameters()).dtype)
 
     @torch.no_grad()
     def augment(self, x: Tensor, epoch: float | None = None) -> Tensor:
@@ -378,7 +390,7 @@ class MADAug:
         n = math.floor(share * len(x))
         if n == 0:
             return x.clone()
-        magnitudes, probabilities = self.policy(self._seen(x[:n]), self.temperature)
+        magnitudes, probabilities = self.policy(self._seen(self.features(x[:n])), self.temperature)
         chosen = torch.multinomial(probabilities, self.k_ops)
         out = x.clone()
         for k in range(self.k_ops):
@@ -407,7 +419,9 @@ class MADAug:
             raise ValueError(f"x and y must be equally many and not none, got {len(x)} and {len(y)}")
         self._check(x)
         x, y = x[: self.search_batch], y[: self.search_batch]
-        magnitudes, probabilities = self.policy(self._seen(x))
+        with sdpa_kernel(SDPBackend.MATH):
+            features = self._features(x) if self.through_features else self.features(x)
+        magnitudes, probabilities = self.policy(self._seen(features))
         with torch.no_grad():
             images = self.ops.apply_all(x, magnitudes, _signs(magnitudes))
             images = self.prepare(images.flatten(0, 1)).unflatten(0, images.shape[:2])
