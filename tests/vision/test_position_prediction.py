@@ -563,6 +563,30 @@ def test_wrong_inputs(without_shape_checks):
     assert restore(wave, "random").encoder.pos_conv_embed.conv.bias.requires_grad
 
 
+@pytest.mark.parametrize(
+    ("inputs", "error", "message"),
+    [
+        ({"pixel_values": torch.rand(3, 16, 16)}, ValueError, "pixel_values must have shape"),
+        ({"pixel_values": torch.rand(0, 3, 16, 16)}, ValueError, "holds nothing"),
+        ({"pixel_values": torch.full((1, 3, 16, 16), torch.nan)}, ValueError, "NaN or infinity"),
+        ({"pixel_values": torch.zeros(1, 3, 16, 16, dtype=torch.uint8)}, TypeError, "must be floats"),
+        ({"inputs_embeds": torch.rand(1, 16, 15)}, ValueError, "16 wide"),
+        ({"inputs_embeds": torch.full((1, 16, 16), torch.inf)}, ValueError, "NaN or infinity"),
+        ({"pixel_values": torch.rand(1, 3, 16, 16), "context_mask": torch.ones(1, 16)}, TypeError, "must be bool"),
+    ],
+)
+def test_content_that_cannot_be_learnt_from_is_refused(without_shape_checks, inputs, error, message):
+    model, _ = pretraining("vit")
+    with pytest.raises(error, match=message):
+        model(**inputs)
+
+
+def test_ids_must_be_integers(without_shape_checks):
+    model, _ = pretraining("bert")
+    with pytest.raises(TypeError, match="input_ids must be integers"):
+        model(input_ids=torch.rand(1, 4))
+
+
 def test_spoken_digits_are_read_from_their_archive(tmp_path, monkeypatch):
     import io
     import tarfile

@@ -644,8 +644,10 @@ class MP3ForPreTraining(nn.Module):
             generator: for that draw.
 
         Raises:
-            ValueError: unless exactly one input is given; for more tokens than positions, for an image of another size;
-                for a context that holds padding or is empty.
+            ValueError: unless exactly one input is given; for no examples, another rank, values that are not finite;
+                for more tokens than positions, for an image of another size; for a context that holds padding or is
+                empty.
+            TypeError: for pixels or samples that are no floats, ids that are no integers, a context that is not bool.
         """
         given = {"pixel_values": pixel_values, "input_values": input_values, "input_ids": input_ids}
         chosen = {name: value for name, value in given.items() if value is not None}
@@ -653,10 +655,14 @@ class MP3ForPreTraining(nn.Module):
             names = [*chosen, *(["inputs_embeds"] if inputs_embeds is not None else [])]
             raise ValueError(f"pass exactly one of {', '.join(given)}, inputs_embeds; got {', '.join(names) or 'none'}")
         if inputs_embeds is None:
-            (raw,) = chosen.values()
+            ((name, raw),) = chosen.items()
+            _check_content(name, raw)
             h = self.encoder.embed(raw)
         else:
             h = inputs_embeds
+            _check_content("inputs_embeds", h)
+            if h.shape[2] != self.encoder.hidden_size:
+                raise ValueError(f"inputs_embeds must be {self.encoder.hidden_size} wide, got {tuple(h.shape)}")
         B, N = h.shape[:2]
         self._check_length(N)
         real = None
@@ -669,6 +675,8 @@ class MP3ForPreTraining(nn.Module):
             context = sample_context(N, B, self.settings.masking_ratio, generator, attention_mask=real, device=h.device)
         else:
             context = context_mask
+            if context.dtype != torch.bool:
+                raise TypeError(f"context_mask must be bool, true for context, got {context.dtype}")
             if real is not None and bool((context & ~real).any()):
                 raise ValueError("context_mask holds padding; choose among the tokens of attention_mask")
         logits = self.head(self.encoder(h, context))
@@ -695,6 +703,23 @@ class MP3ForPreTraining(nn.Module):
         else:
             loss = F.cross_entropy(wide[used], self._smoothed.to(wide)[places[used]])
         return loss, (logits.detach()[used].argmax(-1) == places[used]).float().mean()
+
+
+def _check_content(name: str, x: Tensor) -> None:
+    shapes = {"pixel_values": "(B, C, H, W)", "input_values": "(B, time, mel) or (B, samples)", "input_ids": "(B, N)",
+              "inputs_embeds": "(B, N, D)"}  # fmt: skip
+    if x.ndim not in {"pixel_values": (4,), "input_values": (2, 3), "input_ids": (2,), "inputs_embeds": (3,)}[name]:
+        raise ValueError(f"{name} must have shape {shapes[name]}, got {tuple(x.shape)}")
+    if x.numel() == 0:
+        raise ValueError(f"{name} holds nothing, its shape is {tuple(x.shape)}")
+    if name == "input_ids":
+        if x.is_floating_point():
+            raise TypeError(f"input_ids must be integers, got {x.dtype}")
+        return
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be floats, normalised as the model wants it, got {x.dtype}")
+    if not bool(x.isfinite().all()):
+        raise ValueError(f"{name} must be finite, got NaN or infinity")
 
 
 @torch.no_grad()
