@@ -676,6 +676,12 @@ def test_wrong_calls_of_the_augmentation_are_refused(without_shape_checks, style
             natra(i, y, bad)
     with pytest.raises(FloatingPointError, match="NaN"):
         natra(i, y, lambda x: torch.full((len(x), 3), math.nan))
+    with pytest.raises(ValueError, match="an edited image for each"):
+        natra_loss(classifier, store.images, y, store.images[:1])
+    with pytest.raises(ValueError, match="equally many and not none"):
+        natra_loss(classifier, store.images[:0], y[:0], None)
+    with pytest.raises(ValueError, match="the same shape"):
+        psnr(store.images, store.images[:1])
     with pytest.raises(ValueError, match="not be negative"):
         natra_loss(classifier, store.images, y, None, -1.0)
     with pytest.raises(ValueError, match="x_nat is needed"):

@@ -64,6 +64,8 @@ class Directions:
         """Sum of ``a_k sigma_k v_k``."""
         if amounts.ndim != 2 or amounts.shape[1] != len(self):
             raise ValueError(f"amounts must have shape (B, {len(self)}), got {tuple(amounts.shape)}")
+        if not bool(amounts.isfinite().all()):
+            raise ValueError("amounts must be finite, got NaN or infinity")
         flat = (amounts * self.scales) @ self.vectors.flatten(1)
         return flat.view(-1, *self.vectors.shape[1:])
 

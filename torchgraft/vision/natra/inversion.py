@@ -30,6 +30,8 @@ def psnr(a: Float[Tensor, "B C H W"], b: Float[Tensor, "B C H W"], span: float =
         >>> psnr(torch.zeros(1, 1, 2, 2), torch.full((1, 1, 2, 2), 0.2))
         tensor([20.])
     """
+    if a.shape != b.shape:
+        raise ValueError(f"a and b must have the same shape, got {tuple(a.shape)} and {tuple(b.shape)}")
     return 10 * torch.log10(span**2 / (a - b).square().flatten(1).mean(1))
 
 

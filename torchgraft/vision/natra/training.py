@@ -217,17 +217,22 @@ def natra_loss(
         consistency: of the divergence between the two answers.
 
     Raises:
-        ValueError: for negative factors, or none of the edited images where they are needed.
+        ValueError: for negative factors, no images, numbers of images and labels that differ, or none of the edited
+            images where they are needed.
         TypeError: when the model returns no logits.
     """
     if weight < 0 or consistency < 0:
         raise ValueError(f"weight and consistency must not be negative, got {weight} and {consistency}")
+    if len(x) != len(y) or len(x) == 0:
+        raise ValueError(f"x and y must be equally many and not none, got {len(x)} and {len(y)}")
     clean = logits_of(model, x)
     loss = F.cross_entropy(clean, y)
     if weight == 0 and consistency == 0:
         return loss
     if x_nat is None:
         raise ValueError("x_nat is needed where weight or consistency is positive")
+    if len(x_nat) != len(x):
+        raise ValueError(f"x_nat must hold an edited image for each of the {len(x)} of x, got {len(x_nat)}")
     edited = logits_of(model, x_nat)
     loss = loss + weight * F.cross_entropy(edited, y)
     if consistency:
