@@ -414,7 +414,8 @@ def test_longer_than_the_window_is_taken():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda m, x: m(x[:, :0]), ValueError, "length of at least 1"),
+        (lambda m, x: m(x[:, :0]), ValueError, "batch and length at least 1"),
+        (lambda m, x: m(x[:0]), ValueError, "batch and length at least 1"),
         (lambda m, x: m(x[..., :3]), ValueError, r"x must have shape \(batch, length, 8\)"),
         (lambda m, x: m(x.long()), TypeError, "floating-point"),
         (lambda m, x: m(x / 0), ValueError, "finite"),

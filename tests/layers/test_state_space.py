@@ -199,6 +199,9 @@ OFFICIAL = {
     "EMA False": lambda: EMA(4, 3),
     "EMA True": lambda: EMA(4, 3, bidirectional=True),
     "Gtu True": lambda: TNN(4, rpe_width=5, rpe_layers=2),
+    "S5 zoh": lambda: S5(4, 6),
+    "S5 bilinear": lambda: S5(4, 6, discretization="bilinear"),
+    "LRU": lambda: LRU(4, 3),
     "Gtu False": lambda: TNN(4, rpe_width=5, rpe_layers=2, causal=False),
     **{
         f"Mega {kind} {both}": lambda kind=kind, both=both: Mega(

@@ -105,7 +105,7 @@ SCALES = {
     ),
     "laptop": Config(),
     "families": Config(
-        task="families", steps=100, tune_steps=30, batch_size=16, learning_rates=(3e-3, 1e-2, 3e-2)
+        task="families", steps=300, tune_steps=60, batch_size=16, learning_rates=(3e-3, 1e-2, 3e-2)
     ),
     "gpu": Config(
         device="cuda", width=64, layers=4, states=64, steps=3000, tune_steps=300, batch_size=128, images=55_000,
@@ -362,7 +362,11 @@ def figures(result: Result) -> Mapping[str, Figure]:
             ax.plot(x, y, "o", color=_colour(name))
             ax.annotate(name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7)
         ax.set_xscale("log")
-        ax.set_xlabel("seconds of training")
+        ax.xaxis.set_minor_formatter("")
+        # room for the names
+        low, high = ax.get_xlim()
+        ax.set_xlim(low, high * 1.6)
+        ax.set_xlabel("seconds of training, log scale")
         ax.set_ylabel("test images right, %")
         for kind, colour in {**_COLOURS, "LSTM": "#999999"}.items():
             ax.plot([], [], "o", color=colour, label=kind)

@@ -128,9 +128,9 @@ class Mixer(nn.Module):
 def check_input(x: Tensor, channels: int) -> None:
     """Raise for what is no sequence of this many channels."""
     check_floats(x=x)
-    if x.ndim != 3 or x.shape[1] == 0 or x.shape[2] != channels:
+    if x.ndim != 3 or 0 in x.shape[:2] or x.shape[2] != channels:
         raise ValueError(
-            f"x must have shape (batch, length, {channels}) with a length of at least 1, got {tuple(x.shape)}"
+            f"x must have shape (batch, length, {channels}), batch and length at least 1, got {tuple(x.shape)}"
         )
 
 

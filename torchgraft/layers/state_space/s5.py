@@ -124,7 +124,8 @@ class S5(_SharedState):
         return log_a, b[:, None] * as_complex(self.B), 2 * as_complex(self.C), full(self.D)
 
     def _after(self, y: Tensor) -> Tensor:
-        y = self.dropout(F.gelu(y))
+        # the default GELU of JAX, in which the official layer is written
+        y = self.dropout(F.gelu(y, approximate="tanh"))
         return y * self.gate(y).sigmoid()
 
 
