@@ -126,6 +126,25 @@ def test_the_bench_peer_does_the_same_work():
     assert data.shape == (3, 3, 32, 32)
 
 
+@pytest.mark.parametrize("size", [7, 16, 33])
+@pytest.mark.parametrize("kernel", [1, 3, 7, 11])
+def test_blur_is_a_convolution_in_float64(size, kernel):
+    if kernel // 2 >= size:
+        return
+    x = Cutouts(canvases(2, 8, size), BOXES)
+    sigma = torch.tensor([0.01, 0.1, 0.15, 0.5, 0.9, 1.5, 4.0, 100.0], dtype=torch.float64)
+    made = it.transform("blur", kernel_size=kernel).change(x, sigma=sigma)
+    places = torch.arange(kernel, dtype=torch.float64) - kernel // 2
+    for rgba, found, s in zip(x.rgba, made.rgba, sigma, strict=True):
+        taps = (-0.5 * (places / s) ** 2).exp()
+        weights = torch.outer(taps, taps)[None, None] / taps.sum() ** 2
+        padded = nn.functional.pad(rgba.double()[:, None], (kernel // 2,) * 4, mode="reflect")
+        exact = nn.functional.conv2d(padded, weights)[:, 0]
+        # the nearest byte, but for values that lie half-way between two of them
+        assert (found - exact).abs().max() < 0.5 + 2e-4
+    assert torch.equal(made.box, x.box)
+
+
 def test_noise_is_that_of_a_clipped_normal():
     draws = Draws(0, "noise", torch.arange(400))
     noise = it.transform("noise").parameters_of(draws, 16)["noise"].double() / 255
@@ -736,6 +755,13 @@ def test_data_of_the_experiments():
 NAN = torch.full((4, 8, 8), torch.nan)
 PHOTOS = torch.rand(2, 3, 8, 8)
 PAIRS = [(torch.rand(5, 3), torch.rand(5, 3))]
+FAR = torch.full((4, 8), torch.inf)
+BELOW = (torch.rand(4, 3), torch.tensor([0, -1, 0, -1]))
+
+
+class Keyword(nn.Module):
+    def forward(self, x):
+        return torch.nan_to_num(x).flatten(1)
 
 
 @pytest.mark.parametrize(
@@ -760,6 +786,14 @@ PAIRS = [(torch.rand(5, 3), torch.rand(5, 3))]
         (lambda: make(["blur"], img_size=3), ValueError, "4 pixels or more"),
         (lambda: make("rotate"), TypeError, r"use \['rotate'\]"),
         (lambda: make([lambda x: x]), TypeError, r"Wrapped\(\)"),
+        # a Python set has another order in another process
+        (lambda: make({"rotate", "hue"}), TypeError, "set"),
+        (lambda: make(None), TypeError, "None"),
+        (lambda: make(img_size=32.0), TypeError, "img_size"),
+        (lambda: make(n=40.0), TypeError, "n_samples"),
+        (lambda: make(sampling_seed=0.5), TypeError, "sampling_seed"),
+        (lambda: make(transforms_seed="a"), TypeError, "transforms_seed"),
+        (lambda: make().replace(transforms_seed=0.5), TypeError, "transforms_seed"),
         (lambda: it.Transforms2D([], "black"), ValueError, "foregrounds is empty"),
         (lambda: it.Transforms2D([[]], "black"), ValueError, "class 0 of foregrounds has no image"),
         (lambda: it.Transforms2D([torch.rand(3, 8, 8)], "black"), ValueError, r"0 must have shape \(4, h, w\)"),
@@ -791,6 +825,12 @@ PAIRS = [(torch.rand(5, 3), torch.rand(5, 3))]
         (lambda: make()[60], IndexError, "0..59"),
         (lambda: make().batch([60]), IndexError, "0..59"),
         (lambda: make().batch([0.5]), ValueError, "whole numbers"),
+        (lambda: make().batch(torch.ones(60, dtype=torch.bool)), ValueError, "whole numbers"),
+        (lambda: make()[1:3], TypeError, r"batch\(range"),
+        (lambda: make().twins()["a"], TypeError, "whole number"),
+        (lambda: next(make().batches(0)), ValueError, "batch_size"),
+        (lambda: next(make().twins().batches(0)), ValueError, "batch_size"),
+        (lambda: make(backgrounds=PHOTOS, background_labels=[0, 1]), TypeError, "list"),
         (lambda: make().split("dev"), ValueError, "'dev'"),
         (lambda: make().twins(0), ValueError, "must not be 0"),
         (lambda: it.sample_transform_sets(0), ValueError, "empty set"),
@@ -815,6 +855,15 @@ PAIRS = [(torch.rand(5, 3), torch.rand(5, 3))]
         (lambda: it.invariance_score(identity, [(PHOTOS, PHOTOS)], "cka"), ValueError, "at least 4"),
         (lambda: it.invariance_score(identity, [(NAN, NAN)]), ValueError, "NaN pixels"),
         (lambda: it.invariance_score(lambda x: x / 0, PAIRS), ValueError, "finite"),
+        (lambda: it.invariance_score(torch.nan_to_num, [(NAN * torch.inf, NAN)]), ValueError, "NaN"),
+        (lambda: it.invariance_score(torch.nan_to_num, [(FAR, FAR)]), ValueError, "infinite"),
+        (lambda: it.invariance_score(Keyword(), [({"x": NAN}, {"x": NAN})]), ValueError, "NaN pixels"),
+        (lambda: it.invariance_score(lambda x: x[:3], PAIRS), ValueError, "row for each of 5"),
+        (lambda: it.invariance_score(lambda x: None, PAIRS), TypeError, "NoneType"),
+        (lambda: it.invariance_score(identity, 5), TypeError, "int"),
+        (lambda: it.invariance_score(identity, PAIRS, batch_size=0), ValueError, "batch_size"),
+        (lambda: it.invariance_matrix({"a": identity}, "blur", make()), TypeError, r"\['blur'\]"),
+        (lambda: it.invariance_matrix({"a": identity}, ["blur", "blur"], make()), ValueError, "twice"),
         (lambda: it.invariance_score(nn.Identity(), PAIRS, layer="penultimate"), ValueError, "no linear layer"),
         (lambda: it.invariance_score(nn.Sequential(nn.ReLU()), PAIRS, layer="1"), ValueError, "no layer '1'"),
         (lambda: it.invariance_score(identity, PAIRS, layer="0"), TypeError, "needs a module"),
@@ -824,10 +873,16 @@ PAIRS = [(torch.rand(5, 3), torch.rand(5, 3))]
         (lambda: it.features(identity, torch.rand(5, 3), pool="pooler"), ValueError, "pooler_output"),
         (lambda: it.invariance_matrix({"a": identity}, [], make()), ValueError, "not empty"),
         (lambda: it.text_twins(identity, ["a", "b"], ["a"]), ValueError, "equally long"),
+        (lambda: it.text_twins(identity, ["a", "b"], ["a", "b"], batch_size=0), ValueError, "batch_size"),
         (lambda: it.transfer_eval(identity, make(), "tune"), ValueError, "'tune'"),
         (lambda: it.transfer_eval(identity, make(), n=1), ValueError, "at least 2"),
         (lambda: it.transfer_eval(identity, (PAIRS[0], PAIRS[0]), n=9), ValueError, "more than the 5"),
         (lambda: it.transfer_eval(identity, ((NAN, torch.zeros(4)), PAIRS[0])), ValueError, "NaN pixels"),
+        (lambda: it.transfer_eval(identity, ((FAR, torch.zeros(4).long()), PAIRS[0])), ValueError, "infinite"),
+        (lambda: it.transfer_eval(identity, (PAIRS[0], PAIRS[0])), TypeError, "whole numbers"),
+        (lambda: it.transfer_eval(nn.Flatten(), (BELOW, BELOW), "finetune"), ValueError, "0 or more"),
+        (lambda: it.transfer_eval(nn.Flatten(), make(), "finetune", batch_size=0), ValueError, "batch_size"),
+        (lambda: it.transfer_eval(nn.Flatten(), make(), "finetune", epochs=-1), ValueError, "epochs"),
         (lambda: it.transfer_eval(identity, make(), "finetune"), TypeError, "only a module"),
         (lambda: it.transfer_eval(nn.Flatten(), make(), "finetune", layer="0"), ValueError, "cut the encoder"),
         (lambda: it.probe((torch.rand(5, 3), torch.zeros(5)), PAIRS[0]), ValueError, "single class"),

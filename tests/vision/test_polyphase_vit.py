@@ -510,6 +510,30 @@ def test_chosen_and_random_shifts():
     real = shift_consistency(window, images, max_shift=2, kind="realistic")
     few = shift_consistency(window, images, max_shift=2, kind="realistic", n_random=6)
     assert torch.equal(few.logits[:, 3], real.logits[:, real.shifts.index(few.shifts[3])])
+    zero = shift_consistency(net, images, max_shift=2, kind="zero")
+    less = shift_consistency(net, images, max_shift=2, kind="zero", n_random=6, seed=3)
+    assert less.shifts == drawn.shifts
+    for s, shift in enumerate(less.shifts):
+        assert torch.equal(less.logits[:, s], zero.logits[:, zero.shifts.index(shift)])
+    assert not torch.equal(less.logits, drawn.logits)
+
+
+def test_measuring_leaves_the_model_as_it_was():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(4 * 36, 5))
+    net.train()[0].eval()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    x = torch.randn(6, 3, 8, 8)
+    once, again = (shift_consistency(net, x, max_shift=1).logits for _ in range(2))
+    assert torch.equal(once, again)
+    assert [m.training for m in net] == [False, True, True, True, True]
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_what_was_frozen_stays_frozen():
+    for family in ("vit", "deit", "dinov2"):
+        model = make_shift_equivariant(built(family).requires_grad_(False))
+        # the new convolution is the only thing that is there to be trained
+        assert all("peg" in name for name, p in model.named_parameters() if p.requires_grad), family
 
 
 def test_anchored_models_are_consistent_and_plain_ones_are_not():
@@ -549,8 +573,11 @@ X = torch.zeros(2, 3, 8, 8)
         (lambda: make_shift_equivariant(make_shift_equivariant(built("swin"))), ValueError, "already"),
         (lambda: make_shift_equivariant(make_shift_equivariant(built("twins"))), ValueError, "already"),
         (lambda: make_shift_equivariant(built("vit"), norm="linf"), ValueError, "norm"),
+        (lambda: make_shift_equivariant(built("twins"), invariant=True), ValueError, "PolyphaseAnchor"),
+        (lambda: make_shift_equivariant(built("twins"), peg=False), ValueError, "norm alone"),
+        (lambda: make_shift_equivariant(built("twins"), False), ValueError, "norm alone"),
         (lambda: shift_consistency(nn.Identity(), X), ValueError, r"logits \(B, K\)"),
-        (lambda: shift_consistency(lambda x: {"a": x}, X), ValueError, "dict"),
+        (lambda: shift_consistency(lambda x: {"a": x}, X), ValueError, "a dict of a"),
         (lambda: shift_consistency(nn.Flatten(), X[0]), ValueError, r"\(N, C, H, W\)"),
         (lambda: shift_consistency(nn.Flatten(), X.byte()), TypeError, "floating point"),
         (lambda: shift_consistency(nn.Flatten(), X + torch.nan), ValueError, "NaN"),
@@ -562,6 +589,23 @@ X = torch.zeros(2, 3, 8, 8)
         (lambda: shift_consistency(nn.Flatten(), X, shifts=[(0, 0)], n_random=2), ValueError, "without n_random"),
         (lambda: shift_consistency(nn.Flatten(), X, kind="realistic"), ValueError, "no room"),
         (lambda: shift_consistency(nn.Flatten(), X, max_shift=1).right, ValueError, "labels"),
+        (lambda: shift_consistency(nn.Flatten(), X, shifts=[(0, 0), (0, 0)]), ValueError, "twice"),
+        (lambda: shift_consistency(nn.Flatten(), X, shifts=[(0, 0), (0.5, 1)]), ValueError, "whole numbers"),
+        (lambda: shift_consistency(nn.Flatten(), X, shifts=[0, 1]), ValueError, "whole numbers"),
+        (lambda: shift_consistency(nn.Flatten(), X, kind="turned", n_random=3), ValueError, "'cyclic'"),
+        (lambda: shift_consistency(nn.Flatten(), X, batch_size=0), ValueError, "batch_size"),
+        (lambda: shift_consistency(lambda x: x.flatten(1) * torch.nan, X), ValueError, "NaN"),
+        (lambda: shift_consistency(lambda x: x[:, 0, 0, :1], X), ValueError, "one logit"),
+        (lambda: shift_consistency(lambda x: None, X), ValueError, "NoneType"),
+        (lambda: shift_consistency(lambda x: (x.flatten(1),), X), ValueError, "tuple"),
+        (lambda: polyphase_anchor(X[:, :0], 4), ValueError, "at least one channel"),
+        (lambda: polyphase_anchor(X.numpy(), 4), TypeError, "ndarray"),
+        (lambda: polyphase_anchor(X, 4.0), ValueError, "positive int"),
+        (lambda: polyphase_anchor(X, 4, None), ValueError, "'filtered', 'l2'"),
+        (lambda: polyphase_anchor(X, 4, True), ValueError, "'filtered', 'l2'"),
+        (lambda: polyphase_anchor(X + 1e30, 4, 9.0), ValueError, "too large"),
+        (lambda: polyphase_unanchor(X, torch.zeros(2, 2)), TypeError, "int64"),
+        (lambda: CircularPEG(8)(torch.zeros(2, 12, 8), (3, 5)), ValueError, r"\(B, 15, 8\)"),
     ],
 )
 def test_wrong_inputs(call, error, words, without_shape_checks):

@@ -6,6 +6,7 @@ import torch
 import transformers
 from torch import nn
 
+from torchgraft import zoo
 from torchgraft.vision import rics
 from torchgraft.vision.rics import (
     CropSelector,
@@ -75,6 +76,43 @@ def test_circular_choice_follows_every_roll(score, m):
         moved, place = selector(x.roll((dy, dx), (2, 3)))
         assert torch.equal(moved, crop)
         assert place.tolist() == [[(offset[0, 0] + dy) % 9, (offset[0, 1] + dx) % 11]]
+
+
+@pytest.mark.parametrize("score", rics.SCORES)
+@pytest.mark.parametrize("size", [5, (9, 11)])
+def test_ties_do_not_break_the_circular_choice(score, size):
+    """On images of two greys most scores tie, and the first in row-major order is another one after a roll."""
+    x = torch.stack([(torch.rand(2, 9, 11) > 0.5).float(), torch.zeros(2, 9, 11), torch.zeros(2, 9, 11)])
+    x[1, :, 2, 3] = x[1, :, 2, 7] = x[1, :, 6, 7] = 1
+    x[2, :, ::3] = 1
+    selector = CropSelector(size, score, circular=True)
+    rolled = [x.roll(shift, (2, 3)) for shift in itertools.product(range(9), range(11))]
+    crops = selector(torch.cat(rolled))[0].unflatten(0, (99, 3))
+    assert torch.equal(crops, crops[:1].expand_as(crops))
+
+
+def test_ties_are_broken_by_the_crop_alone():
+    """Where several crops tie, the choice follows the content: on dots the closed form still holds."""
+    x = (torch.rand(3000, 1, 34, 34) > 0.5).float()
+    selector = CropSelector(24, "laplacian")
+    a, b = selector(x[..., :33, :33]), selector(x[..., 1:, :33])
+    same = (a[0] == b[0]).flatten(1).all(1).double().mean().item()
+    assert same == pytest.approx(consistency_bound(33, 24), abs=3 * (0.25 / 3000) ** 0.5 + 0.01)
+    x = torch.rand(1, 2, 12, 12)
+    before = rics._crop_marks(x, (7, 7), circular=False)
+    for r, c in itertools.product(range(6), repeat=2):
+        other = torch.rand(1, 2, 12, 12)
+        other[..., r : r + 7, c : c + 7] = x[..., r : r + 7, c : c + 7]
+        marks = rics._crop_marks(other, (7, 7), circular=False)
+        assert (marks == before).nonzero().tolist() == [[0, r, c]]
+
+
+def test_half_precision_is_scored_in_single():
+    x = torch.rand(100, 3, 40, 40).bfloat16()
+    scores = crop_scores(x, 20)
+    assert scores.dtype == torch.float32
+    assert torch.equal(scores, crop_scores(x.float(), 20))
+    assert CropSelector(20)(x)[0].dtype == torch.bfloat16
 
 
 def test_equal_places_give_equal_crops_and_outputs():
@@ -251,6 +289,71 @@ def test_encoders_and_bound_methods():
     assert bool((report.agrees | ~report.same_crop).all()), "the same crop gives the same features"
 
 
+def test_a_bound_method_brings_its_module_along():
+    text = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=20)
+    clip = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=SMALL, projection_dim=8))
+    model = RICSModel(clip.train().get_image_features, CropSelector(16)).double()
+    assert next(clip.parameters()).dtype == torch.float64
+    assert model.eval().training is clip.training is False
+    assert model(torch.rand(1, 3, 20, 20, dtype=torch.float64)).pooler_output.dtype == torch.float64
+
+
+def test_a_network_trained_by_others():
+    try:
+        net = zoo.load("efficientnet-lite0")
+    except zoo.ModelNotFoundError as error:
+        pytest.skip(str(error))
+    model = RICSModel(net, CropSelector(56), resize_to=64, mean=(0.498,), std=(0.502,))
+    photos = nn.functional.avg_pool2d(torch.rand(3, 3, 74, 74), 3, 1)
+    report = translation_report(model, photos)
+    assert report.predictions.shape == (3, 9)
+    assert bool((report.agrees | ~report.same_crop).all())
+    crops = model.selector(photos)[0]
+    small = nn.functional.interpolate(crops, (64, 64), mode="bicubic", antialias=True)
+    with torch.no_grad():
+        torch.testing.assert_close(model(photos), net((small - 0.498) / 0.502))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_report_in_eval_mode_leaves_the_model_as_it_was(wrapped):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(4 * 36, 5))
+    net.train()[0].eval()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    model = RICSModel(net, CropSelector(8)) if wrapped else net
+    images = torch.rand(6, 3, 12 if wrapped else 10, 12 if wrapped else 10)
+    once, again = translation_report(model, images), translation_report(model, images)
+    assert torch.equal(once.predictions, again.predictions)
+    assert [m.training for m in net] == [False, True, True, True, True]
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_report_on_outputs_of_several_kinds():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 6))
+    images = torch.rand(5, 3, 10, 10)
+    expected = translation_report(net, images)
+    found = translation_report(lambda x: {"logits": net(x)}, images)
+    assert torch.equal(found.predictions, expected.predictions)
+    resnet = transformers.ResNetModel(transformers.ResNetConfig(embedding_size=8, layer_type="basic", **SIZES)).eval()
+    report = translation_report(RICSModel(resnet, CropSelector(20)), torch.rand(3, 3, 26, 26), similarity=1.0)
+    # equal features are alike whatever rounding makes of their cosine
+    assert bool((report.agrees | ~report.same_crop).all())
+    with pytest.raises(ValueError, match="similarity"):
+        translation_report(RICSModel(resnet, CropSelector(20)), torch.rand(3, 3, 26, 26))
+
+
+def test_own_shifts_are_drawn_once():
+    drawn = []
+
+    def brighter(images, dy, dx, size):
+        drawn.append((dy, dx))
+        return images[..., 1 : 1 + size[0], 1 : 1 + size[1]] + torch.rand(1)
+
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 6))
+    report = translation_report(RICSModel(net, CropSelector(8)), torch.rand(5, 3, 14, 14), kind=brighter, window=12)
+    assert drawn == list(report.offsets)
+    assert report.same_crop is None, "what a shift of one's own does to places is not known"
+
+
 @pytest.mark.parametrize("name", ["ViTImageProcessor", "CLIPImageProcessor", "BitImageProcessor"])
 def test_image_processors(name):
     from PIL import Image
@@ -272,22 +375,29 @@ def test_image_processors(name):
     assert processor(photo, return_tensors="pt").pixel_values.shape == (1, 3, 16, 16)
     assert RICSImageProcessor(plain, CropSelector(20), window=24)(photo, return_tensors="pt").pixel_values.shape[0] == 1
     assert processor.image_mean == plain.image_mean
+    assert torch.equal(processor.preprocess(photo, return_tensors="pt").pixel_values, out[:1])
+    floats = array.movedim(-1, 0).numpy() / 255
+    assert torch.equal(processor([floats], return_tensors="pt").pixel_values, out[:1])
 
 
-def test_compiles():
-    import os
-    import subprocess
-    import sys
+def test_a_pipeline_takes_the_processor():
+    from PIL import Image
 
-    code = (
-        "import torch, warnings; warnings.simplefilter('ignore')\n"
-        "from torchgraft.vision.rics import CropSelector\n"
-        "x = torch.rand(2, 1, 24, 24); s = CropSelector(16)\n"
-        "a, b = s(x), torch.compile(s)(x)\n"
-        "assert torch.equal(a[1], b[1]) and torch.equal(a[0], b[0])\n"
+    net = transformers.ViTForImageClassification(transformers.ViTConfig(**SMALL)).eval()
+    processor = RICSImageProcessor(
+        transformers.ViTImageProcessor(size={"height": 16, "width": 16}), CropSelector((20, 18))
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=False)
-    assert done.returncode == 0, done.stderr[-800:]
+    photo = Image.fromarray(torch.randint(0, 256, (30, 26, 3), dtype=torch.uint8).numpy())
+    classify = transformers.pipeline("image-classification", model=net, image_processor=processor)
+    best = net(**processor(photo, return_tensors="pt")).logits.softmax(-1).max().item()
+    assert classify(photo)[0]["score"] == pytest.approx(best, abs=1e-6)
+
+
+def test_compiles(without_shape_checks):
+    x, selector = torch.rand(2, 1, 24, 24), CropSelector(16)
+    expected, found = selector(x), torch.compile(selector, backend="eager")(x)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
 
 
 def naive_report(model, images, n, t, kind):
@@ -351,9 +461,54 @@ def test_equal_crops_are_computed_once():
     assert report.agrees.shape == (5, 9)
 
 
+SPOT = torch.rand(1, 3, 8, 8)
+SPOT[0, 1, 0, 0] = torch.nan
+PROCESSOR = RICSImageProcessor(transformers.ViTImageProcessor(size={"height": 16, "width": 16}), CropSelector(20))
+
+
+def spoilt(x):
+    return x.flatten(1) * torch.nan
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
+        # the score sees the middle of a crop alone, the classifier all of it
+        (lambda: CropSelector(6)(SPOT), ValueError, "NaN"),
+        (lambda: CropSelector(6)(SPOT.nan_to_num(torch.inf)), ValueError, "infinite"),
+        (lambda: CropSelector(6)(torch.full((1, 3, 8, 8), 300)), ValueError, "0..255"),
+        (lambda: CropSelector(6)(torch.full((1, 3, 8, 8), -1, dtype=torch.int16)), ValueError, "0..255"),
+        (lambda: CropSelector(6)(torch.rand(1, 0, 8, 8)), ValueError, "at least one channel"),
+        (lambda: CropSelector(6)(SPOT.numpy()), TypeError, "ndarray"),
+        (lambda: CropSelector(2.5), ValueError, "positive int"),
+        (lambda: CropSelector(True), ValueError, "positive int"),
+        (lambda: RICSModel(nn.Flatten(), 5), TypeError, "CropSelector"),
+        (lambda: RICSModel("resnet", CropSelector(5)), TypeError, "model must be"),
+        (lambda: RICSModel(nn.Flatten(), CropSelector(5), mean=(0.5,), std=(0.0,)), ValueError, "positive"),
+        (lambda: RICSModel(nn.Flatten(), CropSelector(5), mean=0.5, std=0.5), TypeError, "one number per channel"),
+        (
+            lambda: RICSModel(nn.Flatten(), CropSelector(5), mean=(0.5,), std=(0.5,))(255 * torch.rand(1, 3, 8, 8)),
+            ValueError,
+            "0..1",
+        ),
+        (lambda: PROCESSOR(255 * torch.rand(3, 30, 30)), ValueError, "scale them to 0..1"),
+        (lambda: PROCESSOR(torch.rand(30, 30, 4).numpy()), ValueError, "1 or 3 channels"),
+        (lambda: PROCESSOR("photo.jpg"), TypeError, "str"),
+        (lambda: consistency_bound(8, 4, 1.5), ValueError, "whole numbers"),
+        (lambda: crop_size_for((8, 8), 0.5), ValueError, "one number"),
+        (lambda: translation_report(spoilt, torch.rand(2, 3, 8, 8)), ValueError, "NaN"),
+        (lambda: translation_report(nn.Flatten(), SPOT), ValueError, "NaN"),
+        (lambda: translation_report(lambda x: x.flatten(1)[:, :1], torch.rand(2, 3, 8, 8)), ValueError, "one logit"),
+        (lambda: translation_report(lambda x: x.flatten(1)[:1], torch.rand(2, 3, 8, 8)), ValueError, "2 images"),
+        (lambda: translation_report(lambda x: None, torch.rand(2, 3, 8, 8)), ValueError, "NoneType"),
+        (lambda: translation_report(lambda x: (x.flatten(1),), torch.rand(2, 3, 8, 8)), ValueError, "tuple"),
+        (lambda: translation_report(lambda x: {"logits": x}, torch.rand(2, 3, 8, 8)), ValueError, r"\(B, K\)"),
+        (lambda: translation_report(nn.Flatten(), torch.rand(2, 3, 8, 8), similarity=2), ValueError, "-1..1"),
+        (
+            lambda: translation_report(spoilt, torch.rand(2, 3, 8, 8), torch.zeros(2), similarity=0.9),
+            ValueError,
+            "belong to classes",
+        ),
         (lambda: CropSelector(9)(torch.rand(1, 3, 8, 8)), ValueError, "larger than the image"),
         (lambda: CropSelector(0), ValueError, "positive int"),
         (lambda: CropSelector(2)(torch.rand(1, 3, 8, 8)), ValueError, "smaller than the 3 x 3 kernel"),

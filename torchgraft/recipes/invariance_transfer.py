@@ -255,7 +255,8 @@ def _objects(data: str, size: int, classes: int) -> list[Any]:
     if data == "built-in":
         return list(it.shape_objects(max(20, 2 * classes), size))
     if data == "transforms-2d":
-        return list(it.load_base_set(size).foregrounds)
+        # as published, one prototype for each class: what varies within it is the transformation alone
+        return [members[0] for members in it.load_base_set(size).foregrounds]
     images = datasets.load(data)
     if not isinstance(images, datasets.Images) or images.train_x.shape[1] != 1:
         raise ValueError(f"data must be grey images, got {data!r}; use 'fashion-mnist', 'digits' or 'built-in'")
@@ -627,6 +628,9 @@ def notes(result: Result) -> str:
             f"Each kind has its own learning rate, by {c.tune_steps}-step trials of the first seed, by the "
             f"likelihood of held-out images of its own task, over {c.learning_rates}: {rates}."
         )
+        ends = {min(c.learning_rates), max(c.learning_rates)}
+        if at_end := [key.removeprefix("lr ") for key, value in result.tuned.items() if value["chosen"] in ends]:
+            said.append(f"At an end of that grid, so perhaps not at their best: {', '.join(at_end)}.")
     if "A" in c.experiments:
         effects = {k: 100 * result.values("A: effects", k).mean() for k in ("transforms", "samples", "classes")}
         target, other = ", ".join(c.target) or "drawn", ", ".join(c.other) or "drawn"
@@ -643,6 +647,8 @@ def notes(result: Result) -> str:
             + "; accuracy on held-out images of their own task: "
             + ", ".join(f"{k} {v:.2f}" for k, v in own.items())
             + ": where that is low, so few steps did not suffice for the set, and the target pays for it too. "
+            f"A training draws {c.steps * c.batch_size:,} images, so it sees each of {c.samples[-1]:,} "
+            f"{c.steps * c.batch_size / c.samples[-1]:.1f} times: longer training could make more of their number. "
             "The correlation is over the networks of a seed, which are of four kinds and not independent."
         )
     if "B" in c.experiments:
@@ -659,8 +665,16 @@ def notes(result: Result) -> str:
         said.append(
             "D: o objects, r random pixels, p seen and s not seen in training, on images or random pixels. 'own' "
             "is the score of the network trained with that transformation, 'others' of those trained with another "
-            f"one, averaged over {', '.join(c.single)}; gain is others less own."
+            f"one, averaged over {', '.join(c.single)}; gain is others less own, so "
+            "'carries over' means: less sensitive than networks that were trained for something else."
         )
+        kinds = [name for name in result.arms if name.startswith("D: ")]
+        spoilt = [k for k in kinds if result.values(k, "untrained").mean() < result.values(k, "own").mean()]
+        if spoilt:
+            said.append(
+                f"On {', '.join(k.removeprefix('D: ') for k in spoilt)} a network that was not trained at all is less "
+                "sensitive still: there training made the network more sensitive, whatever the transformation."
+            )
     if "zoo" in c.experiments:
         said.append(
             f"Real networks ({', '.join(c.real)}): {c.real_pairs} pairs at 32 pixels and {c.imagenet_pairs} at "

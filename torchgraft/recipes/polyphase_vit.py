@@ -458,6 +458,9 @@ def notes(result: Result) -> str:
     def points(arm: str, metric: str) -> str:
         return f"{100 * result.values(arm, metric).mean():.1f} %"
 
+    ends = {min(c.learning_rates), max(c.learning_rates)}
+    at_end = [key.removeprefix("lr ") for key, value in result.tuned.items() if value["chosen"] in ends]
+    doubt = f" At an end of the grid, so perhaps not at their best: {', '.join(at_end)}." if at_end else ""
     smaller = f" made smaller to {c.canvas} x {c.canvas}" if c.canvas else ""
     shifts = (2 * c.max_shift + 1) ** 2
     real = "same for all real shifts"
@@ -477,5 +480,5 @@ def notes(result: Result) -> str:
         f"{c.more_steps} more steps (so it has had more than the others); '{ORIGIN}': invariant=True, nothing trained. "
         f"Digits: 8 x 8 pixels of 17 greys in the middle of 16 x 16, the same ViT, {c.digit_steps} steps, and "
         f"{c.longer} times as many in the longer arms. With so few steps a network that must find out by itself where "
-        "things are is behind one that is told; both get the same steps."
+        f"things are is behind one that is told; both get the same steps.{doubt}"
     )

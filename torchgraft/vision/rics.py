@@ -6,9 +6,9 @@ classifier and without training.
 
 Letters: B images, C channels, H W size of the image, h w size of the crop, K L candidate positions (H-h+1, W-w+1).
 
-The official archive holds no readable code. The rule (argmax of a local score over crops) is the paper's; the exact
-filter of its score is not known to us, so the scores here are our choice (reconstructed), and so are the closed forms
-of ``consistency_bound``, which the tests check against simulation.
+The official repository keeps its code in an archive that we have not read. The rule (argmax of a local score over
+crops) is the paper's; the exact filter of its score is not known to us, so the scores here are our choice
+(reconstructed), and so are the closed forms of ``consistency_bound``, which the tests check against simulation.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from torchgraft.surgery import evaluating
 
 __all__ = [
     "SCORES",
@@ -44,22 +47,41 @@ Score = str | nn.Module | Callable[[Tensor], Tensor]
 Size = int | tuple[int, int]
 Kind = Literal["realistic", "zero", "cyclic"]
 Window = Callable[[Tensor, int, int, tuple[int, int]], Tensor]
+Offsets = tuple[tuple[int, int], ...]
 
 
 def _pair(value: Size, name: str) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or any(not isinstance(v, int) or v < 1 for v in pair):
+    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
+    if len(pair) != 2 or any(not isinstance(v, Integral) or isinstance(v, bool) or v < 1 for v in pair):
         raise ValueError(f"{name} must be a positive int or a pair of them, got {value!r}")
-    return pair[0], pair[1]
+    return int(pair[0]), int(pair[1])
 
 
 def _as_float(images: Tensor) -> Tensor:
     """Floats, whole numbers 0..255 scaled to 0..1."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a tensor of shape (B, C, H, W), got {type(images).__name__}")
     if images.ndim != 4:
         raise ValueError(f"images must have shape (B, C, H, W), got {tuple(images.shape)}")
+    if not images.shape[1]:
+        raise ValueError(f"images must have at least one channel, got shape {tuple(images.shape)}")
     if images.is_complex() or images.dtype == torch.bool:
         raise TypeError(f"images must be floats or whole numbers 0..255, got {images.dtype}")
-    return images if images.is_floating_point() else images.to(torch.get_default_dtype()) / 255
+    if images.is_floating_point():
+        return images
+    if images.dtype != torch.uint8 and images.numel():
+        low, high = (int(v) for v in images.long().aminmax())
+        if low < 0 or high > 255:
+            raise ValueError(f"whole numbers must lie in 0..255, got {low} to {high}; give floats for other ranges")
+    return images.to(torch.get_default_dtype()) / 255
+
+
+def _checked(images: Tensor) -> Tensor:
+    """The same, refused where a pixel is NaN or infinite, also one that no score looks at."""
+    images = _as_float(images)
+    if images.numel() and not all(bool(v.isfinite()) for v in images.aminmax()):
+        raise ValueError("images have NaN or infinite pixels")
+    return images
 
 
 def _check_fits(images: Tensor, size: tuple[int, int]) -> None:
@@ -90,13 +112,12 @@ def _response(images: Tensor, kernel: Tensor) -> Tensor:
     stands. A convolution of a library may sum in another order at an edge or in a tail of a vector register, and then
     a tie of two crops could break differently before and after a shift.
     """
-    channels, rows, columns = kernel.shape
+    rows, columns = kernel.shape[1:]
     H, W = images.shape[-2] - rows + 1, images.shape[-1] - columns + 1
     out = images.new_zeros(images.shape[0], H, W)
-    for c in range(channels):
-        for i in range(rows):
-            for j in range(columns):
-                weight = float(kernel[c, i, j])
+    for c, plane in enumerate(kernel.tolist()):
+        for i, row in enumerate(plane):
+            for j, weight in enumerate(row):
                 if weight:
                     out += images[:, c, i : i + H, j : j + W] * weight
     return out
@@ -117,7 +138,7 @@ def crop_scores(
     every shift.
 
     Args:
-        images: not padded and not normalised by statistics of the image itself.
+        images: not padded and not normalised by statistics of the image itself. Half precision is scored in float32.
         crop_size: (h, w), at least 3 for the 3 x 3 kernels.
         score: ``random3x3`` (seeded, zero mean, over all channels), ``laplacian`` and ``abs_laplacian`` (of the mean
             over channels), or ``grey`` (the centre pixel; smoother, so less consistent; for comparison).
@@ -135,6 +156,9 @@ def crop_scores(
         torch.Size([2, 5, 5])
     """
     images = _as_float(images)
+    if images.dtype in (torch.float16, torch.bfloat16):
+        # few numbers are left between two of theirs, and scores would tie
+        images = images.float()
     h, w = _pair(crop_size, "crop_size")
     _check_fits(images, (h, w))
     kernel = _kernel(score, images.shape[1], seed)
@@ -154,8 +178,15 @@ def crop_scores(
     return response.abs() if score == "abs_laplacian" else response
 
 
+def _first_of_largest(scores: Tensor) -> Tensor:
+    best = scores.flatten(1).argmax(1)
+    return torch.stack([best // scores.shape[2], best % scores.shape[2]], 1)
+
+
 def select_offsets(scores: Float[Tensor, "B K L"]) -> Int64[Tensor, "B 2"]:
     """Row and column of the largest score of each image, the first in row-major order where several are equal.
+
+    ``CropSelector`` breaks such ties by the pixels of the crops instead.
 
     Raises:
         ValueError: for scores that are not numbers.
@@ -169,8 +200,7 @@ def select_offsets(scores: Float[Tensor, "B K L"]) -> Int64[Tensor, "B 2"]:
     flat = scores.flatten(1)
     if flat.shape[1] > 1 and bool((flat == flat[:, :1]).all(1).any()):
         warnings.warn("all crops of an image have the same score; the first was taken", UserWarning, stacklevel=2)
-    best = flat.argmax(1)
-    return torch.stack([best // scores.shape[2], best % scores.shape[2]], 1)
+    return _first_of_largest(scores)
 
 
 def take_crops(
@@ -211,8 +241,37 @@ def take_crops(
     return images.movedim(1, -1)[each, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
 
 
+def _crop_marks(images: Tensor, size: tuple[int, int], circular: bool) -> Int64[Tensor, "B K L"]:
+    """A number for the pixels of each crop, to break ties: what is equal in it is equal in all (but for chance, 2^-40).
+
+    Sums of whole numbers that wrap round at 2^64 are exact, so a crop has the same mark wherever it stands.
+    """
+    x = images.float() if images.element_size() < 4 else images
+    # the bits of the pixels, of which no difference is lost; adding 0 makes one zero of two
+    bits = (x + 0.0).view(torch.int32 if x.dtype == torch.float32 else torch.int64).long()
+    generator = torch.Generator().manual_seed(0)
+
+    def summed(parts: Callable[[int], Tensor], count: int) -> Tensor:
+        factors = (2 * torch.randint(2**61, (count,), generator=generator) + 1).tolist()
+        total = parts(0) * factors[0]
+        for i in range(1, count):
+            total += parts(i) * factors[i]
+        return total
+
+    marks = summed(lambda c: bits[:, c], bits.shape[1])
+    for axis, side in ((1, size[0]), (2, size[1])):
+        if circular:
+            marks = torch.cat([marks, marks.narrow(axis, 0, side - 1)], axis)
+        places = marks.shape[axis] - side + 1
+        marks = summed(lambda i, m=marks, a=axis, n=places: m.narrow(a, i, n), side)  # type: ignore[misc]
+    return marks
+
+
 class CropSelector(nn.Module):
     """Chooses the crop of the largest score in each image (the paper's rule).
+
+    Where several crops of an image share the largest score, as on drawings of few colours, their pixels decide, so that
+    the choice still depends on the crop alone: the first of them in row-major order would change with the shift.
 
     Args:
         crop_size: (h, w) or one number; at most the image's size.
@@ -222,7 +281,9 @@ class CropSelector(nn.Module):
         seed: of ``random3x3``.
 
     Raises:
-        ValueError: for a size or score that cannot be, a crop larger than the image, scores of a wrong shape or NaN.
+        TypeError: for a score that cannot be called, images that are no tensor of numbers.
+        ValueError: for a size or score that cannot be, a crop larger than the image, scores of a wrong shape or NaN,
+            images of a wrong rank, pixels that are NaN or infinite, whole numbers outside 0..255.
 
     Example:
         >>> crops, offsets = CropSelector(28)(torch.rand(2, 3, 32, 32))
@@ -256,13 +317,23 @@ class CropSelector(nn.Module):
 
     def offsets(self, images: Float[Tensor, "B C H W"]) -> Int64[Tensor, "B 2"]:
         """Upper left corner of the crop that is chosen in each image."""
-        with torch.no_grad():
-            return select_offsets(self.scores(images))
+        return self._offsets(_checked(images))
+
+    @torch.no_grad()
+    def _offsets(self, images: Tensor) -> Tensor:
+        scores = self.scores(images)
+        offsets = select_offsets(scores)
+        largest = scores == scores.amax((1, 2), keepdim=True)
+        tied = (largest.sum((1, 2)) > 1).nonzero()[:, 0]
+        if len(tied):
+            marks = _crop_marks(images[tied], self.crop_size, self.circular)
+            offsets[tied] = _first_of_largest(marks.where(largest[tied], torch.iinfo(torch.int64).min))
+        return offsets
 
     def forward(self, images: Tensor) -> tuple[Float[Tensor, "B C h w"], Int64[Tensor, "B 2"]]:
         """Crops and where they begin. Whole numbers 0..255 are taken as such and divided by 255."""
-        images = _as_float(images)
-        offsets = self.offsets(images)
+        images = _checked(images)
+        offsets = self._offsets(images)
         return take_crops(images, offsets, self.crop_size, circular=self.circular), offsets
 
     def extra_repr(self) -> str:
@@ -277,6 +348,12 @@ def _resized(images: Tensor, size: tuple[int, int] | None, interpolation: str) -
     return F.interpolate(images, size, mode=interpolation, antialias=interpolation in smooth)
 
 
+def _owner(model: Any) -> Any:
+    """The module that a bound method belongs to; anything else as it is."""
+    owner = getattr(model, "__self__", None)
+    return owner if isinstance(owner, nn.Module) else model
+
+
 class RICSModel(nn.Module):
     """A classifier or encoder behind a crop selector; its calling convention and outputs stay as they are.
 
@@ -284,11 +361,17 @@ class RICSModel(nn.Module):
 
     Args:
         model: anything that takes images (B, C, h, w) first: a plain module, a transformers image classifier or vision
-            encoder, or a bound method such as ``clip.get_image_features``.
+            encoder, or a bound method such as ``clip.get_image_features``, whose module is moved and put into eval mode
+            along with this one.
         selector: of the crop.
         resize_to: size that the model wants; ``None`` gives it the crop as it is.
-        mean, std: per channel, taken off after the crop; ``None`` does not normalise.
+        mean, std: per channel, taken off after the crop; images must then lie in 0..1. ``None`` does not normalise.
         interpolation: ``bicubic`` and ``bilinear`` are antialiased, ``nearest`` is not.
+
+    Raises:
+        TypeError, ValueError: for what is no model, selector, size, mean or standard deviation; in ``forward``, for
+            images that ``CropSelector`` refuses, for a number of channels that mean and std do not have, and for
+            images far outside 0..1 where these are given.
 
     Example:
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 28 * 28, 10))
@@ -306,11 +389,23 @@ class RICSModel(nn.Module):
         interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic",
     ) -> None:
         super().__init__()
+        if not callable(model):
+            raise TypeError(f"model must be a module or a function of images, got {type(model).__name__}")
+        if not isinstance(selector, CropSelector):
+            raise TypeError(f"selector must be a CropSelector, got {type(selector).__name__}")
         if interpolation not in ("bicubic", "bilinear", "nearest"):
             raise ValueError(f"interpolation must be 'bicubic', 'bilinear' or 'nearest', got {interpolation!r}")
         if (mean is None) != (std is None):
             raise ValueError("mean and std belong together; give both or neither")
+        for name, values in (("mean", mean), ("std", std)):
+            if values is not None and not isinstance(values, Sequence):
+                raise TypeError(f"{name} must be a sequence, one number per channel, got {values!r}")
+        if std is not None and not all(value > 0 for value in std):
+            raise ValueError(f"std must be positive, got {tuple(std)}")
         self.model, self.selector = model, selector
+        owner = _owner(model)
+        if owner is not model:
+            self.owner = owner
         self.resize_to = None if resize_to is None else _pair(resize_to, "resize_to")
         self.mean = None if mean is None else tuple(mean)
         self.std = None if std is None else tuple(std)
@@ -318,6 +413,14 @@ class RICSModel(nn.Module):
 
     def classify(self, crops: Float[Tensor, "B C h w"], **kwargs: Any) -> Any:
         """What the model says to crops that were chosen already."""
+        if self.mean is not None and crops.numel():
+            low, high = (float(v) for v in crops.aminmax())
+            # an antialiased resize of the user's may overshoot a little
+            if low < -0.5 or high > 1.5:
+                raise ValueError(
+                    f"images must lie in 0..1, before mean and std are taken off, got {low:.4g} to {high:.4g}; give "
+                    "uint8, or floats that are not normalised yet"
+                )
         x = _resized(crops, self.resize_to, self.interpolation)
         if self.mean is not None and self.std is not None:
             if len(self.mean) not in (1, x.shape[1]) or len(self.std) not in (1, x.shape[1]):
@@ -342,6 +445,11 @@ class RICSImageProcessor:
         window: short side at which crops are chosen; ``None`` leaves the image at the size it has, which is what the
             guarantee wants: a resize after the camera has moved by a pixel shifts by less than a pixel.
 
+    Raises:
+        TypeError, ValueError: for what is no processor, and a window smaller than the crop; at a call, for images of
+            another kind, rank or number of channels (1 or 3), floats outside 0..1, NaN, and images that are smaller
+            than the crop.
+
     Example:
         >>> from transformers import ViTImageProcessor
         >>> processor = RICSImageProcessor(ViTImageProcessor(size={"height": 32, "width": 32}), CropSelector(28))
@@ -365,12 +473,19 @@ class RICSImageProcessor:
         import numpy as np
 
         if not isinstance(image, Tensor):
+            if not isinstance(image, np.ndarray) and not hasattr(image, "convert"):
+                raise TypeError(f"an image must be a PIL image, an array or a tensor, got {type(image).__name__}")
             array = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
             image = torch.from_numpy(array.copy())
-            image = image.movedim(-1, 0) if image.ndim == 3 and image.shape[-1] in (1, 3) else image
+            image = image.movedim(-1, 0) if image.ndim == 3 and image.shape[0] not in (1, 3) else image
         if image.ndim != 3:
             raise ValueError(f"an image must have shape (C, H, W) or be a PIL image, got {tuple(image.shape)}")
-        x = _as_float(image[None])
+        if image.shape[0] not in (1, 3):
+            raise ValueError(f"an image must have 1 or 3 channels, got shape {tuple(image.shape)}")
+        x = _checked(image[None])
+        low, high = (float(v) for v in x.aminmax())
+        if low < 0 or high > 1:
+            raise ValueError(f"an image has floats from {low:.4g} to {high:.4g}; scale them to 0..1, or give uint8")
         if self.window is not None:
             scale = self.window / min(x.shape[-2:])
             size = tuple(max(self.window, round(s * scale)) for s in x.shape[-2:])
@@ -380,6 +495,10 @@ class RICSImageProcessor:
 
     def __call__(self, images: Any, **kwargs: Any) -> Any:
         """As the processor's own call."""
+        return self.preprocess(images, **kwargs)
+
+    def preprocess(self, images: Any, **kwargs: Any) -> Any:
+        """As the processor's own, which some callers use."""
         several = isinstance(images, (list, tuple)) or (isinstance(images, Tensor) and images.ndim == 4)
         crops = [self._crop(image) for image in (images if several else [images])]
         if getattr(self.processor, "do_center_crop", False):
@@ -389,6 +508,12 @@ class RICSImageProcessor:
 
 def _given(size: Any) -> Mapping[str, int]:
     return {key: size[key] for key in ("height", "width")}
+
+
+def _steps(shift: Any) -> tuple[int, int]:
+    if not isinstance(shift, Sequence) or len(shift) != 2 or not all(isinstance(v, int) for v in shift):
+        raise ValueError(f"shift must be one or two whole numbers of pixels, got {shift!r}")
+    return shift[0], shift[1]
 
 
 def consistency_bound(n: Size, m: Size, shift: int | tuple[int, int] = 1, *, worst_case: bool = False) -> float:
@@ -406,7 +531,7 @@ def consistency_bound(n: Size, m: Size, shift: int | tuple[int, int] = 1, *, wor
         worst_case: the same crop for all shifts of at most ``|a|`` rows and ``|b|`` columns at once (one number: both).
 
     Raises:
-        ValueError: for a crop larger than the image.
+        ValueError: for a crop larger than the image, or a shift by less than a pixel.
 
     Example:
         >>> round(consistency_bound(256, 224), 3), round(consistency_bound(256, 192, worst_case=True), 3)
@@ -415,7 +540,7 @@ def consistency_bound(n: Size, m: Size, shift: int | tuple[int, int] = 1, *, wor
     N, M = _pair(n, "n"), _pair(m, "m")
     if M[0] > N[0] or M[1] > N[1]:
         raise ValueError(f"the crop {m} is larger than the image {n}")
-    a, b = (shift, shift if worst_case else 0) if isinstance(shift, int) else shift
+    a, b = (shift, shift if worst_case else 0) if isinstance(shift, int) else _steps(shift)
     K, L = N[0] - M[0] + 1, N[1] - M[1] + 1
     if worst_case:
         # the best of the union of all windows has to lie in their intersection
@@ -429,12 +554,15 @@ def crop_size_for(n: int, level: float, shift: int | tuple[int, int] = 1, *, wor
     """Largest square crop whose ``consistency_bound`` reaches a level.
 
     Raises:
-        ValueError: for a level outside 0..1, or one that no crop of at least 3 pixels reaches; names the best.
+        ValueError: for an image that is not square, a level outside 0..1, or one that no crop of at least 3 pixels
+            reaches; names the best.
 
     Example:
         >>> crop_size_for(256, 0.9695)
         192
     """
+    if not isinstance(n, int):
+        raise ValueError(f"n must be one number, the side of a square image, got {n!r}")
     if not 0 <= level <= 1:
         raise ValueError(f"level must lie in 0..1, got {level}")
     for m in range(n, 2, -1):
@@ -452,7 +580,8 @@ class TranslationReport:
         offsets: (rows, columns) of each shift; (0, 0) is among them.
         predictions: class of each image at each offset, int64 (N, offsets); ``None`` for embeddings.
         agrees: whether the answer at the offset is that of the image which is not shifted, bool (N, offsets).
-        same_crop: whether the chosen crop shows the same content, bool (N, offsets); ``None`` without a selector.
+        same_crop: whether the chosen crop shows the same content, bool (N, offsets); ``None`` without a selector, or
+            for shifts of your own, of which it is not known where they bring a place.
         right: whether the answer is right where nothing is shifted, bool (N,); ``None`` without labels.
     """
 
@@ -495,7 +624,8 @@ class TranslationReport:
         return dict(zip(self.offsets, self.agrees.double().mean(0).tolist(), strict=True))
 
 
-def _window(images: Tensor, dy: int, dx: int, size: tuple[int, int], kind: Kind) -> Tensor:
+def shifted_window(images: Tensor, dy: int, dx: int, size: tuple[int, int], kind: Kind) -> Tensor:
+    """What a window in the middle of the images shows after a shift; see ``translation_report``."""
     top, left = (images.shape[-2] - size[0]) // 2, (images.shape[-1] - size[1]) // 2
     if kind == "realistic":
         return images[..., top + dy : top + dy + size[0], left + dx : left + dx + size[1]]
@@ -513,14 +643,56 @@ def _window(images: Tensor, dy: int, dx: int, size: tuple[int, int], kind: Kind)
     return rolled
 
 
-def _answers(found: Any) -> Tensor:
-    for name in ("logits", "image_embeds", "pooler_output"):
-        if getattr(found, name, None) is not None:
-            return getattr(found, name)
-    if not isinstance(found, Tensor) or found.ndim != 2:
-        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+def answers_of(found: Any, images: int, similarity: float | None) -> Tensor:
+    """Logits or features (B, K) out of what a model gave for so many images."""
+    got = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+    names = ("logits", "image_embeds", "pooler_output")
+    held = {name: found.get(name) if isinstance(found, Mapping) else getattr(found, name, None) for name in names}
+    name = next((name for name in names if held[name] is not None), None)
+    values = found if name is None else held[name]
+    if name == "pooler_output" and isinstance(values, Tensor):
+        # convolutional encoders of transformers pool to (B, K, 1, 1)
+        values = values.flatten(1)
+    if not isinstance(values, Tensor) or values.ndim != 2:
+        got += f" with {name} {tuple(values.shape)}" if isinstance(values, Tensor) and name is not None else ""
         raise ValueError(f"model must return logits or features of shape (B, K), got {got}")
-    return found
+    if len(values) != images:
+        raise ValueError(f"model must return a row for each of {images} images, got {tuple(values.shape)}")
+    if similarity is None and name not in (None, "logits"):
+        raise ValueError(f"model returns features ({name}) and no logits; give similarity to compare these")
+    if similarity is None and values.shape[1] < 2:
+        raise ValueError("model returns one logit, of which the largest is always the first; return one per class")
+    if values.isnan().any():
+        raise ValueError("model returns NaN, of which every answer would look alike")
+    return values
+
+
+def _asked_once(
+    model: RICSModel, moved: Callable[[int, int], Tensor], offsets: Offsets, realistic: bool, batch_size: int
+) -> tuple[list[Any], Tensor, Tensor]:
+    """Outputs for crops that differ; which of them belongs to image and offset; where the crops are (N, offsets, 2)."""
+    places, rows = [], []
+    distinct: list[Tensor] = []
+    known: dict[tuple[int, ...], int] = {}
+    for o, offset in enumerate(offsets):
+        chosen = [model.selector(x) for x in moved(*offset).split(batch_size)]
+        places.append(torch.cat([place for _, place in chosen]))
+        row = []
+        for i, (crop, place) in enumerate(
+            zip((c for crops, _ in chosen for c in crops), places[o].tolist(), strict=True)
+        ):
+            # where content is the same only if the place is: zeros that enter, and one's own shifts, are not
+            key = (i, place[0] + offset[0], place[1] + offset[1]) if realistic else (i, o)
+            if key not in known:
+                known[key] = len(distinct)
+                distinct.append(crop.clone())
+            row.append(known[key])
+        rows.append(row)
+    answers = [
+        (model.classify(torch.stack(distinct[i : i + batch_size])), len(distinct[i : i + batch_size]))
+        for i in range(0, len(distinct), batch_size)
+    ]
+    return answers, torch.tensor(rows).T, torch.stack(places, 1)
 
 
 @torch.no_grad()
@@ -535,11 +707,11 @@ def translation_report(
     similarity: float | None = None,
     batch_size: int = 32,
 ) -> TranslationReport:
-    """Ask a model about every shift of at most ``max_shift`` pixels in each direction.
+    """Ask a model about every shift of at most ``max_shift`` pixels in each direction, in eval mode.
 
     Args:
-        model: from images (B, C, n, n) to logits or features (B, K), or a transformers output that has them. For a
-            ``RICSModel``, equal crops are computed once.
+        model: from images (B, C, n, n) to logits or features (B, K), or a transformers output or mapping that has them.
+            For a ``RICSModel``, equal crops are computed once. Its mode is put back.
         images: (N, C, H, W). ``realistic`` moves a window over them, so they must be larger than it.
         labels: (N,), for accuracy.
         max_shift: t; there are (2t+1)^2 offsets.
@@ -551,12 +723,18 @@ def translation_report(
         batch_size: images per pass.
 
     Raises:
-        ValueError: when the images leave no room for the shifts, or labels do not fit.
+        TypeError, ValueError: when the images leave no room for the shifts, have NaN or infinite pixels or are no
+            images; labels do not fit; the model returns no logits (without ``similarity``), a single one, or NaN.
     """
-    if images.ndim != 4 or not len(images):
-        raise ValueError(f"images must have shape (N, C, H, W) with N >= 1, got {tuple(images.shape)}")
+    if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
+        got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"images must have shape (N, C, H, W) with N >= 1, got {got}")
     if labels is not None and labels.shape != (len(images),):
         raise ValueError(f"labels must have shape ({len(images)},), got {tuple(labels.shape)}")
+    if similarity is not None and labels is not None:
+        raise ValueError("labels belong to classes; leave them out, or similarity")
+    if similarity is not None and not -1 <= similarity <= 1:
+        raise ValueError(f"similarity is a cosine, -1..1, got {similarity}")
     if max_shift < 0:
         raise ValueError(f"max_shift must not be negative, got {max_shift}")
     if isinstance(kind, str) and kind not in ("realistic", "zero", "cyclic"):
@@ -570,52 +748,31 @@ def translation_report(
         raise ValueError(
             f"a window of {size} that moves by {max_shift} needs images of {size[0] + room} or more pixels"
         )
-    images = _as_float(images)
+    images = _checked(images)
     steps = range(-max_shift, max_shift + 1)
     offsets = tuple((dy, dx) for dy in steps for dx in steps)
+    centre = offsets.index((0, 0))
 
     def moved(dy: int, dx: int) -> Tensor:
-        return kind(images, dy, dx, size) if callable(kind) else _window(images, dy, dx, size, kind)
+        return kind(images, dy, dx, size) if callable(kind) else shifted_window(images, dy, dx, size, kind)
 
-    selector = model.selector if isinstance(model, RICSModel) else None
-    places: list[Tensor] = []
-    if isinstance(model, RICSModel) and selector is not None:
-        places = [torch.cat([selector.offsets(x) for x in moved(*o).split(batch_size)]) for o in offsets]
-        known: dict[tuple[int, int, int], int] = {}
-        distinct: list[Tensor] = []
-        index = torch.empty(len(images), len(offsets), dtype=torch.long)
-        for o, offset in enumerate(offsets):
-            windows = moved(*offset)
-            crops = take_crops(windows, places[o], selector.crop_size, circular=selector.circular)
-            for i in range(len(images)):
-                # where content is the same only if the place is: zeros that enter, and one's own shifts, are not
-                key = (i, *(places[o][i] + torch.tensor(offset)).tolist()) if kind == "realistic" else (i, o, -1)
-                if key not in known:
-                    known[key] = len(distinct)
-                    distinct.append(crops[i].clone())
-                index[i, o] = known[key]
-        parts = [
-            _answers(model.classify(torch.stack(distinct[i : i + batch_size])))
-            for i in range(0, len(distinct), batch_size)
-        ]
-        found = torch.cat(parts)[index]
-    else:
-        answers = [torch.cat([_answers(model(x)) for x in moved(*o).split(batch_size)]) for o in offsets]
-        found = torch.stack(answers, 1)
-    centre = offsets.index((0, 0))
+    same = None
+    with evaluating(_owner(model)):
+        if isinstance(model, RICSModel):
+            answers, index, where = _asked_once(model, moved, offsets, kind == "realistic", batch_size)
+            found = torch.cat([answers_of(found, count, similarity) for found, count in answers])[index]
+            if not callable(kind):
+                where = where + where.new_tensor(offsets)
+                where = where % where.new_tensor(size) if model.selector.circular else where
+                same = (where == where[:, centre, None]).all(-1)
+        else:
+            rows = [[answers_of(model(x), len(x), similarity) for x in moved(*o).split(batch_size)] for o in offsets]
+            found = torch.stack([torch.cat(row) for row in rows], 1)
     if similarity is None:
         predictions = found.argmax(-1)
-        agrees = predictions == predictions[:, centre, None]
         right = None if labels is None else predictions[:, centre] == labels
-    else:
-        predictions, right = None, None
-        agrees = F.cosine_similarity(found, found[:, centre, None], dim=-1) >= similarity
-        if labels is not None:
-            raise ValueError("labels belong to classes; leave them out, or similarity")
-    same = None
-    if selector is not None:
-        where = torch.stack([p + p.new_tensor(o) for p, o in zip(places, offsets, strict=True)], 1)
-        if selector.circular:
-            where = where % where.new_tensor(size)
-        same = (where == where[:, centre, None]).all(-1)
-    return TranslationReport(offsets, predictions, agrees, same, right)
+        return TranslationReport(offsets, predictions, predictions == predictions[:, centre, None], same, right)
+    near = F.cosine_similarity(found, found[:, centre, None], dim=-1) >= similarity
+    # the cosine of equal features may be rounded to less than one
+    agrees = near | (found == found[:, centre, None]).all(-1)
+    return TranslationReport(offsets, None, agrees, same, None)

@@ -8,7 +8,10 @@ images come in 0..1, without normalisation (published: mean and standard deviati
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -25,7 +28,32 @@ Pair = tuple[Tensor, Tensor, Tensor]
 SHIFTS = {"train": 0, "val": 110, "test": 220}
 """What is added to the seeds of each part, as published."""
 _BACKGROUNDS = 593
-_PIXELS = 262_144  # made at once: fewer calls outweigh the larger buffers
+_PIXELS = 131_072  # made at once: fewer need more calls, more need buffers that the system clears anew each time
+
+
+def _check_whole(**values: Any) -> None:
+    for name, value in values.items():
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise TypeError(f"{name} must be a whole number, got {value!r}")
+
+
+def _place(index: Any, length: int) -> int:
+    """An index as a list takes it, from the end too."""
+    try:
+        place = operator.index(index)
+    except TypeError:
+        got = f"{index!r}; for several images use batch(range(…))"
+        raise TypeError(f"an index must be a whole number, got {got}") from None
+    if not -length <= place < length:
+        raise IndexError(f"index {place} is not within 0..{length - 1}")
+    return place % length
+
+
+def _parts(length: int, batch_size: int) -> tuple[Tensor, ...]:
+    """Indices in order, in batches of nearly equal size."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    return torch.arange(length).tensor_split(-(-length // batch_size))
 
 
 class Transforms2D(Dataset[Sample]):
@@ -86,6 +114,9 @@ class Transforms2D(Dataset[Sample]):
         object_scale: float = 0.7,
         device: str | torch.device = "cpu",
     ) -> None:
+        _check_whole(n_samples=n_samples, img_size=img_size, sampling_seed=sampling_seed)
+        if transforms_seed is not None:
+            _check_whole(transforms_seed=transforms_seed)
         if n_samples < 1 or img_size < 2:
             raise ValueError(f"want at least 1 sample of at least 2 pixels, got {n_samples} of {img_size}")
         for name, value in (("fg_bg_correlation", fg_bg_correlation), ("fg_availability", fg_availability)):
@@ -131,6 +162,8 @@ class Transforms2D(Dataset[Sample]):
             return None
         if isinstance(self._backgrounds, str):
             raise ValueError(f"background_labels were given, but {self._backgrounds} backgrounds have no classes")
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"background_labels must be an int64 tensor, got {type(labels).__name__}")
         if labels.dtype != torch.int64 or tuple(labels.shape) != (len(self._backgrounds),):
             got = f"{labels.dtype} of shape {tuple(labels.shape)}"
             raise ValueError(f"background_labels must be int64 of shape ({len(self._backgrounds)},), got {got}")
@@ -143,6 +176,11 @@ class Transforms2D(Dataset[Sample]):
         if isinstance(transforms, str):
             raise TypeError(
                 f"transforms must be a sequence of names or modules, got {transforms!r}; use [{transforms!r}]"
+            )
+        if not isinstance(transforms, Iterable) or isinstance(transforms, AbstractSet | Mapping):
+            # a set would be in another order in another process
+            raise TypeError(
+                f"transforms must be a list or tuple, in order, got {transforms!r} ({type(transforms).__name__})"
             )
         made = tuple(transform(entry) if isinstance(entry, str) else entry for entry in transforms)
         for entry in made:
@@ -165,17 +203,18 @@ class Transforms2D(Dataset[Sample]):
         return self.n_samples
 
     def __getitem__(self, index: int) -> Sample:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index {index} is not within 0..{len(self) - 1}")
-        images, labels = self.batch([index % len(self)])
+        images, labels = self.batch([_place(index, len(self))])
         return images[0], labels[0]
 
     def __getitems__(self, indices: list[int]) -> list[Sample]:
         return list(zip(*self.batch(indices), strict=True))
 
     def _indices(self, indices: Sequence[int] | Tensor) -> Int64[Tensor, " B"]:
-        index = torch.as_tensor(list(indices) if isinstance(indices, range) else indices, device=self.device)
-        if index.ndim != 1 or index.is_floating_point():
+        given = list(indices) if isinstance(indices, range) else indices
+        # no index at all would be a tensor of floats
+        kind = None if len(given) else torch.int64
+        index = torch.as_tensor(given, dtype=kind, device=self.device)
+        if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
             raise ValueError(f"indices must be whole numbers in a sequence, got {index.dtype} {tuple(index.shape)}")
         if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(self):
             raise IndexError(f"indices must lie in 0..{len(self) - 1}, got {int(index.min())} … {int(index.max())}")
@@ -236,7 +275,7 @@ class Transforms2D(Dataset[Sample]):
 
     def batches(self, batch_size: int = 256) -> Iterator[Sample]:
         """The whole set in order, in batches of nearly equal size."""
-        for index in torch.arange(len(self)).tensor_split(-(-len(self) // batch_size)):
+        for index in _parts(len(self), batch_size):
             yield self.batch(index)
 
     def tensors(self) -> tuple[Float32[Tensor, "N 3 S S"], Int64[Tensor, " N"]]:
@@ -253,6 +292,8 @@ class Transforms2D(Dataset[Sample]):
         transforms_seed: int | None = None,
     ) -> Transforms2D:
         """The same objects and backgrounds with other transformations, another size or other seeds."""
+        given = {"n_samples": n_samples, "sampling_seed": sampling_seed, "transforms_seed": transforms_seed}
+        _check_whole(**{name: value for name, value in given.items() if value is not None})
         other = copy.copy(self)
         if transforms is not None:
             other.transforms = self._checked_transforms(transforms)
@@ -308,6 +349,7 @@ class Twins(Dataset[Pair]):
     """
 
     def __init__(self, data: Transforms2D, seed: int = 1) -> None:
+        _check_whole(seed=seed)
         if seed == 0:
             raise ValueError("seed must not be 0: both images would be the same draw")
         self.data, self.seed = data, seed
@@ -316,9 +358,7 @@ class Twins(Dataset[Pair]):
         return len(self.data)
 
     def __getitem__(self, index: int) -> Pair:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index {index} is not within 0..{len(self) - 1}")
-        one, other, labels = self.batch([index % len(self)])
+        one, other, labels = self.batch([_place(index, len(self))])
         return one[0], other[0], labels[0]
 
     def __getitems__(self, indices: list[int]) -> list[Pair]:
@@ -331,5 +371,5 @@ class Twins(Dataset[Pair]):
 
     def batches(self, batch_size: int = 256) -> Iterator[Pair]:
         """All pairs in order, in batches of nearly equal size."""
-        for index in torch.arange(len(self)).tensor_split(-(-len(self) // batch_size)):
+        for index in _parts(len(self), batch_size):
             yield self.batch(index)

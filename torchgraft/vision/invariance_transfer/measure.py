@@ -200,6 +200,10 @@ class _Sums:
 def _pairs(twins: Any, batch_size: int) -> Iterable[Any]:
     if isinstance(twins, Transforms2D):
         raise TypeError("twins must be pairs; call .twins() on the dataset")
+    if not isinstance(twins, Iterable) and not isinstance(twins, Twins):
+        raise TypeError(f"twins must be from .twins(), or batches of pairs, got {type(twins).__name__}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if not isinstance(twins, Twins):
         return twins
     if not twins.data.transforms:
@@ -220,8 +224,9 @@ def _checked(batch: Any, device: str | torch.device | None) -> tuple[Any, Any, i
     if n != _length(other) or n < 2:
         raise ValueError(f"a batch of twins needs at least 2 pairs, got {n} and {_length(other)} inputs")
     for part in (one, other):
-        if isinstance(part, Tensor) and part.is_floating_point() and part.isnan().any():
-            raise ValueError("the twins have NaN pixels")
+        for values in part.values() if isinstance(part, Mapping) else (part,):
+            if isinstance(values, Tensor) and values.is_floating_point() and not bool(values.isfinite().all()):
+                raise ValueError("the twins have NaN pixels, or infinite ones")
     return one, other, n
 
 
@@ -251,6 +256,8 @@ def _streamed(
         partner[order] = order.roll(1)
         for model, own in zip(models, sums, strict=True):
             x, y = (features(model, part, layer, pool).double() for part in (one, other))
+            if len(x) != n or len(y) != n:
+                raise ValueError(f"a model must give a row for each of {n} inputs, got {len(x)} and {len(y)}")
             shuffled = x[partner.to(x.device)]
             for each in own:
                 each.add(x, y, shuffled)
@@ -324,8 +331,9 @@ def invariance_score(
         The score, NaN with a warning for an encoder that gives all images the same representation.
 
     Raises:
-        TypeError, ValueError: for batches that are no pairs, are empty or too small (2, for CKA 4), NaN pixels or
-            features, an unknown metric, and twins without a transformation.
+        TypeError, ValueError: for batches that are no pairs, are empty or too small (2, for CKA 4), pixels or features
+            that are NaN or infinite, models without a row for each input, an unknown metric, and twins without a
+            transformation.
 
     Example:
         >>> from torchgraft.vision.invariance_transfer import shape_objects
@@ -351,6 +359,8 @@ def text_twins(
     """
     if len(texts) != len(changed) or len(texts) < 2:
         raise ValueError(f"texts and changed must be equally long, at least 2, got {len(texts)} and {len(changed)}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
 
     def tokens(part: list[str]) -> dict[str, Any]:
         return dict(tokenizer(part, padding=True, truncation=True, return_tensors="pt"))
@@ -384,7 +394,8 @@ def invariance_matrix(
         A row for each model, a column for each transformation, named as given or by the module with its settings.
 
     Raises:
-        ValueError: for no models or an empty set of transformations, and as ``invariance_score``.
+        TypeError, ValueError: for no models, an empty set of transformations or one that has the same twice, and as
+            ``invariance_score``.
 
     Example:
         >>> from torchgraft.vision.invariance_transfer import shape_objects
@@ -394,10 +405,16 @@ def invariance_matrix(
     """
     from pandas import DataFrame
 
+    if isinstance(transforms, str):
+        raise TypeError(f"transforms must be a sequence of names or modules, use [{transforms!r}]")
     if not models or not transforms:
         raise ValueError(
             f"want models and a set of transformations that is not empty, got {len(models)} and {len(transforms)}"
         )
+    names = [str(entry) for entry in transforms]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"the transformation {name} is there twice; every column needs a name of its own")
     columns = {}
     for entry in transforms:
         twins = data.replace(transforms=[entry]).twins(seed)

@@ -31,10 +31,14 @@ def _parts(target: Target, n: int | None) -> tuple[Labelled, Labelled]:
     for name, (x, y) in (("training", train), ("test", given_test)):
         if len(x) != len(y) or not len(x):
             raise ValueError(f"the {name} part has {len(x)} inputs and {len(y)} labels")
-        if x.is_floating_point() and x.isnan().any():
-            raise ValueError(f"the {name} part has NaN pixels")
+        if x.is_floating_point() and not bool(x.isfinite().all()):
+            raise ValueError(f"the {name} part has NaN pixels, or infinite ones")
     if n is not None and n > len(train[0]):
         raise ValueError(f"n={n} is more than the {len(train[0])} training inputs")
+    for name, (_, y) in (("training", train), ("test", given_test)):
+        if y.ndim != 1 or y.is_floating_point():
+            got = f"{y.dtype} {tuple(y.shape)}"
+            raise TypeError(f"labels of the {name} part must be whole numbers, one for each input, got {got}")
     return (train[0][:n], train[1][:n]), given_test
 
 
@@ -84,6 +88,10 @@ def _finetuned(
     encoder: nn.Module, train: Labelled, test: Labelled, pool: Pool, epochs: int, batch_size: int, lr: float, seed: int
 ) -> float:
     (x, y), (x_test, y_test) = train, test
+    if min(int(y.min()), int(y_test.min())) < 0:
+        raise ValueError(f"labels to fine-tune on must be 0 or more, got {min(int(y.min()), int(y_test.min()))}")
+    if batch_size < 1 or epochs < 0:
+        raise ValueError(f"want a batch_size of at least 1 and epochs of at least 0, got {batch_size} and {epochs}")
     classes = int(max(y.max(), y_test.max())) + 1
     width = features(encoder, x[:2], None, pool).shape[1]
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
@@ -138,7 +146,8 @@ def transfer_eval(
 
     Raises:
         TypeError, ValueError: for an unknown mode, a ``layer`` with ``finetune``, an encoder that cannot be trained,
-            parts that are empty or do not fit, and more images than there are.
+            parts that are empty or do not fit, pixels that are NaN or infinite, labels that are no whole numbers, and
+            more images than a pair of tensors has (a ``Transforms2D`` makes as many as are wanted).
 
     Example:
         >>> from torchgraft.vision.invariance_transfer import shape_objects

@@ -6,6 +6,7 @@ Letters: B images, C channels, H W size, N = H W, p q size of a patch (or window
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
@@ -36,7 +37,7 @@ _FEW = 4
 
 
 def _pair(value: Size, name: str) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(pair) != 2 or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in pair):
         raise ValueError(f"{name} must be a positive int or a pair of them, got {value!r}")
     return pair[0], pair[1]
@@ -44,7 +45,8 @@ def _pair(value: Size, name: str) -> tuple[int, int]:
 
 def check_norm(norm: Norm) -> Norm:
     """The norm itself, or an error that says which there are."""
-    known = norm in ("filtered", "l2") if isinstance(norm, str) else 0 < norm < math.inf
+    number = isinstance(norm, int | float) and not isinstance(norm, bool)
+    known = norm in ("filtered", "l2") if isinstance(norm, str) else number and 0 < norm < math.inf
     if not known:
         raise ValueError(f"norm must be 'filtered', 'l2' or a finite p > 0 of a p-norm, got {norm!r}")
     return norm
@@ -118,7 +120,8 @@ def _fixed_point(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, float]:
         values = _channel_sum(powers.double(), x.new_ones(x.shape[1])) if few else powers.sum(1, dtype=torch.float64)
     peak = values.amax((1, 2))
     if not torch.compiler.is_compiling() and x.device.type == "cpu" and not bool(peak.isfinite().all()):
-        raise ValueError("the input has NaN or infinite values; there is no largest polyphase component then")
+        what = "values too large for this norm" if bool(x.isfinite().all()) else "NaN or infinite values"
+        raise ValueError(f"the input has {what}; there is no largest polyphase component then")
     # all values together stay below 2^62
     unit = peak * 2.0 ** (math.ceil(math.log2(x.shape[2] * x.shape[3])) - 62)
     return (values / torch.where(unit > 0, unit, 1.0)[:, None, None]).round().long(), unit, power
@@ -164,8 +167,12 @@ def _first_of_largest(keys: Tensor, breaker: Tensor | None) -> Tensor:
 
 
 def _check_map(x: Tensor, patch: tuple[int, int]) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor of shape (B, C, H, W), got {type(x).__name__}")
     if x.ndim != 4:
         raise ValueError(f"x must have shape (B, C, H, W), got {tuple(x.shape)}")
+    if not x.shape[1]:
+        raise ValueError(f"x must have at least one channel, got shape {tuple(x.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}; whole numbers 0..255 want x / 255")
     check_divides((x.shape[2], x.shape[3]), patch, "a map")
@@ -336,6 +343,8 @@ def polyphase_unanchor(
     """
     if y.ndim != 4 or offsets.shape != (len(y), 2):
         raise ValueError(f"y must be (B, C, h, w) with offsets (B, 2), got {tuple(y.shape)} and {tuple(offsets.shape)}")
+    if offsets.dtype != torch.int64:
+        raise TypeError(f"offsets must be int64, as polyphase_anchor returns them, got {offsets.dtype}")
     if stride < 1:
         raise ValueError(f"stride must be positive, got {stride}")
     if stride > 1 and bool((offsets % stride).any()):
@@ -418,6 +427,11 @@ class CircularPEG(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "B N C"], size: tuple[int, int]) -> Float[Tensor, "B N C"]:
         """Tokens (B, H W, C) of a grid (H, W), class tokens left out."""
+        if tokens.ndim != 3 or tokens.shape[1] != size[0] * size[1]:
+            want = f"(B, {size[0] * size[1]}, {self.proj.in_channels})"
+            raise ValueError(
+                f"tokens of a {size[0]} x {size[1]} grid must have shape {want}, got {tuple(tokens.shape)}"
+            )
         return tokens + self.proj(tokens.transpose(1, 2).unflatten(2, size)).flatten(2).transpose(1, 2)
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from torchgraft.vision.rics import translation_report
+from torchgraft.surgery import evaluating
+from torchgraft.vision.rics import answers_of, shifted_window
 
 __all__ = ["ShiftReport", "shift_consistency"]
 
@@ -89,15 +90,24 @@ class ShiftReport:
         return true.double().var(1, correction=0).mean().item()
 
 
-def _logits(found: Any) -> Tensor:
-    logits = getattr(found, "logits", found)
+def _logits(found: Any, images: int) -> Tensor:
+    logits = found.get("logits") if isinstance(found, Mapping) else getattr(found, "logits", found)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         got = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(found).__name__
+        got = f"a {got} of {', '.join(map(str, found))}" if isinstance(found, Mapping) else got
         raise ValueError(f"model must return logits (B, K), or an output that has them as .logits; got {got}")
-    return logits
+    return answers_of(logits, images, None)
+
+
+def _shift(shift: Any) -> Shift:
+    if not isinstance(shift, Sequence) or len(shift) != 2 or not all(isinstance(v, int) for v in shift):
+        raise ValueError(f"a shift must be a pair of whole numbers of pixels, got {shift!r}")
+    return shift[0], shift[1]
 
 
 def _check(images: Tensor, labels: Tensor | None) -> None:
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a tensor (N, C, H, W), got {type(images).__name__}")
     if images.ndim != 4 or not len(images):
         raise ValueError(f"images must have shape (N, C, H, W) with N >= 1, got {tuple(images.shape)}")
     if not images.is_floating_point():
@@ -121,10 +131,10 @@ def shift_consistency(
     batch_size: int = 64,
     seed: int = 0,
 ) -> ShiftReport:
-    """Ask a classifier about shifted copies of images. Moving and batching are those of ``translation_report``.
+    """Ask a classifier about shifted copies of images, in eval mode. They are moved as by ``translation_report``.
 
     Args:
-        model: from images (B, C, H, W) to logits (B, K), or to an output that has ``.logits``; put it in eval mode.
+        model: from images (B, C, H, W) to logits (B, K), or to an output that has ``.logits``; its mode is put back.
         images: (N, C, H, W), as the model takes them. ``realistic`` moves a window over them, so they must be larger
             than what the model takes by ``2 max_shift``.
         labels: (N,), for accuracies.
@@ -136,8 +146,8 @@ def shift_consistency(
         seed: of ``n_random``.
 
     Raises:
-        ValueError: for images or labels of a wrong shape, NaN, a model without logits, too few shifts, labels that are
-            no classes of the model, images that are too small.
+        ValueError: for images or labels of a wrong shape, NaN, a model without logits, with a single one or with NaN,
+            too few shifts or the same twice, labels that are no classes of the model, images that are too small.
         TypeError: for images that are not floating point.
 
     Example:
@@ -152,7 +162,13 @@ def shift_consistency(
     if shifts is not None and (kind != "cyclic" or n_random is not None):
         raise ValueError("shifts go with kind='cyclic' and without n_random")
     every = [(dy, dx) for dy in range(-max_shift, max_shift + 1) for dx in range(-max_shift, max_shift + 1)]
-    chosen = every if shifts is None else [(int(dy), int(dx)) for dy, dx in shifts]
+    if kind not in ("cyclic", "realistic", "zero"):
+        raise ValueError(f"kind must be 'cyclic', 'realistic' or 'zero', got {kind!r}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    chosen = every if shifts is None else [_shift(s) for s in shifts]
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"shifts has the same shift twice, which would agree with itself: {chosen}")
     if n_random is not None:
         others = [shift for shift in every if shift != (0, 0)]
         if not 1 <= n_random <= len(others) + 1:
@@ -161,28 +177,18 @@ def shift_consistency(
         chosen = [(0, 0), *(others[i] for i in order[: n_random - 1])]
     if len(chosen) < 2:
         raise ValueError(f"consistency compares at least two shifts, got {chosen}")
-    kept: list[Tensor] = []
-
-    def recorded(x: Tensor) -> Tensor:
-        kept.append(_logits(model(x)))
-        return kept[-1]
-
-    if chosen is every:
-        translation_report(recorded, images, max_shift=max_shift, kind=kind, batch_size=batch_size)
-    else:
-        room = max_shift if kind == "realistic" else 0
-        height, width = images.shape[2] - 2 * room, images.shape[3] - 2 * room
-        if min(height, width) < 1:
-            raise ValueError(f"images of {tuple(images.shape[2:])} leave no room for shifts of {max_shift} pixels")
+    room = 2 * max_shift if kind == "realistic" else 0
+    size = (images.shape[2] - room, images.shape[3] - room)
+    if min(size) < 1:
+        raise ValueError(f"images of {tuple(images.shape[2:])} leave no room for shifts of {max_shift} pixels")
+    found = []
+    with evaluating(model):
         for dy, dx in chosen:
-            if kind == "realistic":
-                part = images[..., room + dy : room + dy + height, room + dx : room + dx + width]
-            else:
-                part = images.roll((-dy, -dx), (2, 3))
-            translation_report(recorded, part, max_shift=0, kind="cyclic", batch_size=batch_size)
-    logits = torch.cat(kept).float().cpu().unflatten(0, (len(chosen), len(images))).transpose(0, 1)
+            parts = shifted_window(images, dy, dx, size, kind).split(batch_size)
+            found.append(torch.cat([_logits(model(x), len(x)) for x in parts]))
+    logits = torch.stack(found, 1).float().cpu()
     if labels is not None:
         labels = labels.cpu()
         if int(labels.min()) < 0 or int(labels.max()) >= logits.shape[-1]:
             raise ValueError(f"labels must lie in 0..{logits.shape[-1] - 1}, got {labels.min()}..{labels.max()}")
-    return ShiftReport(tuple(chosen), logits.contiguous(), labels)
+    return ShiftReport(tuple(chosen), logits, labels)

@@ -36,7 +36,7 @@ def make_shift_equivariant(
     - Swin, Swin v2: besides, an anchor before each block's window partition and each patch merging. Relative position
       biases and Swin's own cyclic shift stay; the mask that keeps windows from reaching over the edge of the map goes
       (as in the official code), since cyclic shifts know no edge.
-    - ``PolyTwinsSVT`` without anchors: gets them, and convolutions that go round.
+    - ``PolyTwinsSVT`` without anchors: gets them, and convolutions that go round; takes ``norm`` alone.
 
     What a trained model loses with its position embeddings or masks has to be trained back; the evidence says how far.
 
@@ -59,7 +59,8 @@ def make_shift_equivariant(
 
     Raises:
         TypeError: for a model of another family.
-        ValueError: for one that was made so already, or an unknown norm. The model is then as it was.
+        ValueError: for one that was made so already, an unknown norm, or settings that a ``PolyTwinsSVT`` does not
+            have. The model is then as it was.
 
     Example:
         >>> import torch
@@ -75,6 +76,11 @@ def make_shift_equivariant(
     if isinstance(model, PolyTwinsSVT):
         if model.config.anchored:
             raise ValueError("model is anchored already")
+        if invariant or not (drop_pos_embed and peg):
+            raise ValueError(
+                "a PolyTwinsSVT takes norm alone: it has no absolute position embeddings, and its own convolutions say "
+                "where tokens stand. For invariant=True put a PolyphaseAnchor(patch, invariant=True) before it"
+            )
         model.anchor_(norm)
         return model
     if not isinstance(model, nn.Module):

@@ -185,7 +185,8 @@ def embeddings_of(
     with torch.no_grad():
         # what these tokens get is the same wherever the image stands, so it can stay
         for i, name in enumerate(special):
-            setattr(new, name, nn.Parameter(getattr(new, name) + places[:, i : i + 1]))
+            token = getattr(new, name)
+            setattr(new, name, nn.Parameter(token + places[:, i : i + 1], requires_grad=token.requires_grad))
         if peg:
             new.peg = CircularPEG(places.shape[-1]).to(places)
             nn.init.zeros_(new.peg.proj.weight)
