@@ -3,7 +3,7 @@ import pytest
 from scipy import stats
 
 from torchgraft.experiments import Claim, Measurement
-from torchgraft.experiments.statistics import bootstrap_interval, judge, t_interval, verdict
+from torchgraft.experiments.statistics import bootstrap_interval, judge, share_interval, t_interval, verdict
 
 
 def seeds(metric, *values):
@@ -37,11 +37,31 @@ def test_bootstrap_covers_the_truth_about_as_often_as_it_says():
     assert sum(low <= 0.2 <= high for low, high in found) >= 52
 
 
+def test_share_interval_ends_where_the_tails_hold_two_and_a_half_per_cent():
+    low, high = share_interval(np.array([1.0] * 7 + [0.0] * 33))
+    assert stats.binom.sf(6, 40, low) == pytest.approx(0.025)
+    assert stats.binom.cdf(7, 40, high) == pytest.approx(0.025)
+    assert share_interval(np.zeros(60)) == (0.0, pytest.approx(1 - 0.025 ** (1 / 60)))
+
+
+def test_a_share_held_against_a_bound_has_the_exact_interval():
+    few = {"a": examples("accuracy", *[1] * 2, *[0] * 123)}
+    bound = claim(against=0.05, smallest_effect=0.0, direction="lower", factor=100)
+    judged = judge(bound, few)
+    low, high = share_interval(np.array([1.0] * 2 + [0.0] * 123))
+    assert judged.interval == pytest.approx((5 - 100 * high, 5 - 100 * low))
+    assert (judged.method, judged.verdict) == ("exact binomial, 95 %", "inconclusive")
+    # an exact equality stays one, and values between 0 and 1 keep the bootstrap
+    same = judge(claim(against=0.0, smallest_effect=0.0, direction="equal"), {"a": examples("accuracy", 0, 0, 0)})
+    assert same.verdict == "supported"
+    assert "bootstrap" in judge(bound, {"a": examples("accuracy", 0.5, 0.1, 0.0)}).method
+
+
 def test_bootstrap_of_equal_values_is_that_value():
     assert bootstrap_interval(np.zeros(50)) == (0.0, 0.0)
 
 
-@pytest.mark.parametrize("interval", [t_interval, bootstrap_interval])
+@pytest.mark.parametrize("interval", [t_interval, bootstrap_interval, share_interval])
 def test_one_value_has_no_interval(interval):
     assert interval(np.array([1.0])) is None
 

@@ -52,6 +52,24 @@ def bootstrap_interval(differences: np.ndarray) -> tuple[float, float] | None:
     return float(found.low), float(found.high)
 
 
+def share_interval(outcomes: np.ndarray) -> tuple[float, float] | None:
+    """Exact 95 % interval of a share of zeros and ones (Clopper and Pearson 1934).
+
+    A bootstrap knows nothing of what it has not seen: of no event among 60 it makes an interval of width zero.
+
+    Example:
+        >>> low, high = share_interval(np.array([1.0] * 2 + [0.0] * 123))
+        >>> round(low, 4), round(high, 4)
+        (0.0019, 0.0566)
+    """
+    from scipy import stats
+
+    if len(outcomes) < 2:
+        return None
+    found = stats.binomtest(int(outcomes.sum()), len(outcomes)).proportion_ci(CONFIDENCE)
+    return float(found.low), float(found.high)
+
+
 def verdict(
     interval: tuple[float, float] | None, smallest_effect: float, direction: str
 ) -> Literal["supported", "not supported", "inconclusive"]:
@@ -92,8 +110,8 @@ def judge(claim: Claim, measurements: Mapping[str, Mapping[int, Measurement]]) -
     """Interval and verdict of one claim.
 
     Where the metric has per-example values in every arm compared, the differences are paired over examples (averaged
-    over seeds first) and the interval is a bootstrap; otherwise they are paired over seeds and the interval is
-    Student's.
+    over seeds first) and the interval is a bootstrap, or exact where a share of zeros and ones is held against a bound;
+    otherwise they are paired over seeds and the interval is Student's.
 
     Args:
         claim: what to judge.
@@ -120,12 +138,17 @@ def judge(claim: Claim, measurements: Mapping[str, Mapping[int, Measurement]]) -
     against = values[1] if len(values) == 2 else np.float64(claim.against)
     sign = -1.0 if claim.direction == "lower" else 1.0
     effects = sign * claim.factor * (values[0] - against)
+    method = f"paired percentile bootstrap, 95 %, {RESAMPLES} resamples" if over_examples else "paired t, 95 %"
     interval = bootstrap_interval(effects) if over_examples else t_interval(effects)
+    bound = over_examples and len(values) == 1 and claim.direction != "equal"
+    if bound and bool(np.isin(values[0], (0, 1)).all()) and (share := share_interval(values[0])) is not None:
+        ends = sorted(float(sign * claim.factor * (end - against)) for end in share)
+        interval, method = (ends[0], ends[1]), "exact binomial, 95 %"
     return Judged(
         claim=claim,
         estimate=float(np.mean(effects)),
         interval=interval,
-        method=f"paired percentile bootstrap, 95 %, {RESAMPLES} resamples" if over_examples else "paired t, 95 %",
+        method=method,
         paired_over="examples" if over_examples else "seeds",
         n=len(effects),
         verdict=verdict(interval, claim.smallest_effect, claim.direction),
