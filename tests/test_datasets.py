@@ -174,6 +174,20 @@ def test_wikitext_sst2_and_titanic():
 
 
 @needs_data
+def test_multi30k_is_parallel():
+    captions = load("multi30k")
+    assert [len(part["en"]) for part in (captions.train, captions.dev, captions.test)] == [29000, 1014, 1000]
+    assert captions.train["en"][0] == "Two young, White males are outside near many bushes."
+    assert captions.train["de"][0].startswith("Zwei junge weiße Männer")
+    assert captions.test.keys() == {"en", "de", "fr"}
+
+
+def test_languages_of_different_lengths_are_refused():
+    with pytest.raises(ValueError, match="different numbers of sentences"):
+        datasets.Translations({"en": ("a", "b"), "de": ("a",)}, {"en": (), "de": ()}, {"en": (), "de": ()})
+
+
+@needs_data
 def test_imagenet_samples():
     photos = load("imagenet-samples")
     assert (len(photos.x), photos.y[-1].item()) == (125, 992)

@@ -13,7 +13,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +31,7 @@ __all__ = [
     "EventTables",
     "Faces",
     "Images",
+    "Instructions",
     "MultipleChoice",
     "Photos",
     "Question",
@@ -39,6 +40,7 @@ __all__ = [
     "Source",
     "Table",
     "Text",
+    "Translations",
     "available",
     "load",
 ]
@@ -121,6 +123,13 @@ class MultipleChoice:
 
 
 @dataclass(frozen=True)
+class Instructions:
+    """Instructions, with their input after an empty line where they have one, and a response to each."""
+
+    items: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
 class Sentences:
     """Labelled sentences in three parts: texts, and int64 labels of shape (N,)."""
 
@@ -135,6 +144,21 @@ class Sentences:
         for texts, y in ((self.train, self.train_y), (self.dev, self.dev_y), (self.test, self.test_y)):
             if len(texts) != len(y):
                 raise ValueError(f"{len(texts)} sentences have {len(y)} labels; the files do not belong together")
+
+
+@dataclass(frozen=True)
+class Translations:
+    """Sentences in several languages, by language, in three parts; the same place is the same sentence."""
+
+    train: Mapping[str, tuple[str, ...]]
+    dev: Mapping[str, tuple[str, ...]]
+    test: Mapping[str, tuple[str, ...]]
+
+    def __post_init__(self) -> None:
+        for part in (self.train, self.dev, self.test):
+            if len(set(map(len, part.values()))) != 1:
+                found = {language: len(lines) for language, lines in part.items()}
+                raise ValueError(f"languages have different numbers of sentences, {found}; the files differ")
 
 
 @dataclass(frozen=True)
@@ -154,7 +178,19 @@ class EventTables:
     diagnoses: DataFrame
 
 
-Data = Images | Photos | Faces | Text | MultipleChoice | Sentences | Sounds | Table | EventTables
+Data = (
+    Images
+    | Photos
+    | Faces
+    | Text
+    | Instructions
+    | MultipleChoice
+    | Sentences
+    | Translations
+    | Sounds
+    | Table
+    | EventTables
+)
 Split = Callable[..., Any]
 """From the name of a split (and a configuration) to its table as the hub's ``datasets.load_dataset`` gives it."""
 
@@ -339,6 +375,17 @@ def _questions(_: Path) -> MultipleChoice:
     return MultipleChoice(tuple(Question(r["question"], tuple(r["options"]), r["answer"]) for r in rows))
 
 
+def _instructions(folder: Path) -> Instructions:
+    items = []
+    for line in (folder / "text/user-oriented-instructions.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        items += [
+            ("\n\n".join(filter(None, (row["instruction"].strip(), one["input"].strip()))), one["output"].strip())
+            for one in row["instances"]
+        ]
+    return Instructions(tuple(items))
+
+
 def _wikitext2(folder: Path) -> Text:
     valid, test = ((folder / f"text/wikitext2-{part}.txt").read_text(encoding="utf-8") for part in ("valid", "test"))
     return Text(valid, test)
@@ -354,6 +401,17 @@ def _sst2(folder: Path) -> Sentences:
         return tuple(text for text, _ in rows), torch.tensor([int(label) for _, label in rows])
 
     return Sentences(*part("train"), *part("dev"), *part("test"))
+
+
+def _multi30k(folder: Path) -> Translations:
+    def part(name: str) -> dict[str, tuple[str, ...]]:
+        found = {}
+        for language in ("en", "de", "fr"):
+            with gzip.open(folder / f"translation/multi30k/{name}.{language}.gz", "rt", encoding="utf-8") as handle:
+                found[language] = tuple(line.strip() for line in handle)
+        return found
+
+    return Translations(part("train"), part("val"), part("test_2016_flickr"))
 
 
 def _titanic(folder: Path) -> Table:
@@ -421,6 +479,14 @@ def _hub_sst2(split: Split) -> Sentences:
     return Sentences(*part("train"), *part("validation"), *part("test"))
 
 
+def _hub_multi30k(split: Split) -> Translations:
+    def part(name: str) -> dict[str, tuple[str, ...]]:
+        rows = split(name)
+        return {language: tuple(text.strip() for text in rows[language]) for language in ("en", "de")}
+
+    return Translations(part("train"), part("validation"), part("test"))
+
+
 _FASHION_NAMES = "T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Boot"
 _CIFAR_NAMES = "airplane automobile bird cat deer dog frog horse ship truck"
 _FASHION = tuple(
@@ -455,6 +521,7 @@ DATASETS = {
     "commonsenseqa": Source(
         ("text/commonsenseqa-500.json",), "tau/commonsense_qa", "MIT", _commonsenseqa, _hub_commonsenseqa
     ),
+    "instructions": Source(("text/user-oriented-instructions.jsonl",), "", "Apache-2.0", _instructions),
     "wikitext2": Source(
         ("text/wikitext2-valid.txt", "text/wikitext2-test.txt"), "Salesforce/wikitext", "CC BY-SA", _wikitext2,
         _hub_wikitext2,
@@ -462,6 +529,11 @@ DATASETS = {
     "sst2": Source(
         tuple(f"text/sst2/{part}.tsv" for part in ("train", "dev", "test")), "SetFit/sst2", "none stated", _sst2,
         _hub_sst2,
+    ),
+    "multi30k": Source(
+        tuple(f"translation/multi30k/{part}.{language}.gz"
+              for part in ("train", "val", "test_2016_flickr") for language in ("en", "de", "fr")),
+        "bentrevett/multi30k", "CC BY-NC-SA 2.0", _multi30k, _hub_multi30k,
     ),
     "spoken-digits": Source(("speech/fsdd-recordings.tar.gz",), "", "CC BY-SA 4.0", _spoken_digits),
     "yale-faces": Source(
@@ -536,7 +608,9 @@ def load(name: str) -> Any:
         lossless), ``Photos`` (imagenet-samples: 125, one of every eighth class), ``Faces`` (yale-faces: 15 people under
         left, right and centre light and with expressions, copies left out), ``Text`` (shakespeare: first nine
         tenths and last tenth; wikitext2: validation and test text), ``MultipleChoice`` (questions, commonsenseqa),
-        ``Sentences`` (sst2: whole sentences, two classes), ``Sounds`` (spoken-digits: 2,700 recordings for training and
+        ``Instructions`` (instructions: the 252 user-oriented ones of Self-Instruct with their responses),
+        ``Sentences`` (sst2: whole sentences, two classes), ``Translations`` (multi30k: captions in English, German and,
+        from a folder, French), ``Sounds`` (spoken-digits: 2,700 recordings for training and
         300 for testing, of six speakers), ``Table`` (titanic; cpus: 875 processors) or
         ``EventTables`` (nafld).
 

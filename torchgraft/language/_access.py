@@ -75,6 +75,9 @@ FAMILIES: Mapping[str, _Family] = {
     "bert": _BERT,
     "roberta": _BERT,
 }  # fmt: skip
+# decoders inside multimodal models: under which attribute, and whose layout those have that have a type of their own
+_INSIDE = ("language_model", "text_model")
+_ALIKE = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2"}
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class Access:
 
     Args:
         model: a causal, masked or bare model of a family in ``FAMILIES``; a peft model around one; a multimodal model
-            whose ``language_model`` is one.
+            whose ``language_model`` or ``text_model`` is one (LLaVA, Qwen2-VL, Idefics, SmolVLM, Gemma 3).
 
     Attributes:
         model, base: as given, and the part of it without the head.
@@ -119,8 +122,9 @@ class Access:
     def __init__(self, model: nn.Module) -> None:
         inner = unwrapped(model)
         base: Any = getattr(inner, "base_model", inner)
-        base = getattr(base, "language_model", base)
+        base = next((getattr(base, name) for name in _INSIDE if hasattr(base, name)), base)
         kind = getattr(getattr(base, "config", None), "model_type", "")
+        kind = _ALIKE.get(kind, kind)
         if kind not in FAMILIES:
             raise TypeError(
                 f"model must be a transformers model of one of {', '.join(FAMILIES)}, "
