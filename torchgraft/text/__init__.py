@@ -1,0 +1,1 @@
+"""You hold text and a tokenizer."""
