@@ -19,6 +19,7 @@ from torchgraft.language._access import captured, residual_stream, tokenized
 from torchgraft.language.representation_engineering import (
     MultipleChoice,
     OptionContrast,
+    OptionLikelihood,
     ReadingVectors,
     TextLikelihood,
     TradeoffCurve,
@@ -439,3 +440,137 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
     save_file({"weight": torch.ones(2)}, tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match="does not hold reading vectors"):
         ReadingVectors.load(tmp_path / "w.safetensors")
+
+
+def dropping() -> Any:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_embd=16, n_layer=2, n_head=2, vocab_size=128, n_positions=64, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def test_a_model_in_training_is_measured_without_dropout_and_trains_on() -> None:
+    model = dropping().train()
+    model.transformer.h[0].eval()
+    modes = [m.training for m in model.modules()]
+    vectors = ReadingVectors.from_pairs(model, Letters(), PAIRS)
+    curve = sweep_of(model, vectors).run()
+    assert [m.training for m in model.modules()] == modes
+    again = ReadingVectors.from_pairs(model.eval(), Letters(), PAIRS)
+    for layer in vectors.layers:
+        torch.testing.assert_close(vectors.directions[layer], again.directions[layer])
+    np.testing.assert_allclose(curve.mean("B"), sweep_of(model, vectors).run().mean("B"), atol=1e-6)
+
+
+def test_behaviour_is_told_from_probabilities_below_the_smallest_float() -> None:
+    log_probs, nothing = torch.full((1, 128), -200.0), torch.ones(1, 1)
+    log_probs[0, 5] = 0.0
+    probe = OptionContrast(Letters(), [("a", ["x"], ["y"])])
+    up, down = probe._ids[0]
+    log_probs[0, up], log_probs[0, down] = -150.0, -150.0 - math.log(3)
+    assert probe.score(log_probs, nothing, nothing, slice(0, 1))["B"].item() == pytest.approx(0.5, abs=1e-4)
+    choice = MultipleChoice(Letters(), [("q", ["x", "y"], 0)], space="")
+    a, b = choice._letters[0]
+    log_probs[0, a], log_probs[0, b] = -150.0, -150.0 - math.log(3)
+    told = choice.score(log_probs, nothing, nothing, slice(0, 1))
+    assert told["H_rel"].item() == pytest.approx(0.75, abs=1e-4)
+
+
+def test_an_axis_that_points_anywhere_is_refused() -> None:
+    with pytest.raises(ValueError, match="pca_diff takes away"):
+        direction(2 * torch.ones(4, 3), torch.ones(4, 3), "pca_diff")
+    with pytest.raises(ValueError, match="pca_diff takes away"):
+        direction(0.3 * torch.ones(4, 3), 0.1 * torch.ones(4, 3), "pca_diff")
+    positive, negative, _ = states(2)
+    with pytest.raises(ValueError, match="at least 3 pairs to judge pca_diff"):
+        separability(positive, negative, "pca_diff")
+    with pytest.raises(ValueError, match="at least 2 pairs"):
+        separability(positive[:1], negative[:1], "mean_diff")
+    with pytest.raises(ValueError, match="must be finite"):
+        direction(torch.full((4, 3), math.nan), torch.ones(4, 3))
+
+
+def test_more_wrong_input_is_refused(without_shape_checks: None) -> None:
+    model = tiny("llama")
+    vectors = vectors_of(model, 0, 1)
+    with pytest.raises(ValueError, match="layers must be whole numbers from 0, got -1"):
+        ReadingVectors({-1: torch.ones(16)}, "llama")
+    with pytest.raises(TypeError, match="must be tensors"):
+        ReadingVectors({0: [1.0]}, "llama")  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="batch_size must be"):
+        ReadingVectors.from_pairs(model, Letters(), PAIRS, batch_size=0)
+    with pytest.raises(ValueError, match="at least one block"):
+        ReadingVectors.from_pairs(model, Letters(), PAIRS, layers=[])
+    with pytest.raises(ValueError, match="words on either side"):
+        OptionContrast(Letters(), [("a", [], ["x"])])
+    with pytest.raises(ValueError, match="words on either side"):
+        OptionContrast(Letters(), [("a", "good", "bad")])
+    with pytest.raises(ValueError, match="and finite"):
+        sweep_of(model, vectors, [0, 1, 2, 3, math.nan])
+    mood = OptionContrast(Letters(), [("a", ["x"], ["y"])])
+    with pytest.raises(ValueError, match="layer must be in"):
+        TradeoffSweep(model, Letters(), vectors, range(-2, 3), mood, layers=[99])
+    with pytest.raises(ValueError, match="batch_size must be"):
+        TradeoffSweep(model, Letters(), vectors, range(-2, 3), mood, batch_size=0)
+    with pytest.raises(ValueError, match="at least two tokens, got 'a'"):
+        TradeoffSweep(model, Letters(), vectors, range(-2, 3), mood, [TextLikelihood(["long", "a"])]).run()
+    r = np.arange(-3.0, 4)
+    for level in (0.0, 3.0, -1.0):
+        curve = TradeoffCurve(r, {"B": np.tanh(r / 3)[:, None].repeat(2, 1), "H": np.full((7, 2), level)}, r, r)
+        with pytest.raises(ValueError, match="must be a probability"):
+            fit_tradeoff(curve, "H", resamples=0)
+
+
+def test_whole_answers_are_scored_token_by_token() -> None:
+    model, tokenizer = tiny("llama"), Letters()
+    vectors = vectors_of(model, 0)
+    items = [("what", ["one", "three", "x"], 1), ("who", ["nobody", "me"], 0)]
+    probe = OptionLikelihood(tokenizer, items, "{question}:")
+    mood = OptionContrast(tokenizer, [("a", ["x"], ["y"])])
+    # batches that cut through a question
+    curve = TradeoffSweep(model, tokenizer, vectors, range(-2, 3), mood, [probe], batch_size=2).run()
+    for k, r in enumerate(curve.r):
+        for row, (question, options, right) in enumerate(items):
+            told = []
+            for option in options:
+                head = tokenizer(f"{question}:")["input_ids"]
+                ids = tokenizer(f"{question}: {option}")["input_ids"]
+                with torch.no_grad(), steer(model, vectors, float(r)):
+                    p = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+                told.append(sum(p[t - 1, ids[t]].item() for t in range(len(head), len(ids))))
+            share = np.exp(told) / np.exp(told).sum()
+            assert curve.values["H_options"][k, row] == pytest.approx(share[right], rel=1e-4)
+            assert curve.values["H_answer"][k, row] == pytest.approx(np.exp(told[right]), rel=1e-4)
+            assert curve.values["accuracy_options"][k, row] == float(np.argmax(told) == right)
+    assert fit_tradeoff(curve, "H_options", resamples=2).help == "H_options"
+
+
+def test_answers_that_cannot_be_told_apart_from_their_question() -> None:
+    for message, items in (
+        ("must not be empty", []),
+        ("two options or more", [("q", ["a"], 0)]),
+        ("two options or more", [("q", ["a", "b"], 2)]),
+        ("do not follow those of", [("q", ["a", ""], 0)]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            OptionLikelihood(Letters(), items, space="")
+    with pytest.raises(ValueError, match="at least one token each"):
+        OptionContrast(Letters(), [("a", [""], ["x"])])
+
+
+def test_advice_stays_within_what_was_measured_and_on_the_cautious_side() -> None:
+    r = np.linspace(-6, 6, 13)
+    b = np.tanh(0.2 * r)[:, None].repeat(12, 1)
+    mild = helpfulness_gaussian(r, 0.5, 0.01)[:, None].repeat(12, 1)
+    fit = fit_tradeoff(TradeoffCurve(r, {"B": b, "H_rel": mild}, 0 * r, 0 * r), resamples=3)
+    assert fit.efficient_range(0.1) == (-6, 6)
+    assert fit.advise_coefficient(0.1) == 6
+    # texts that lose unequally: the advice counts on those that lose more
+    slopes = np.linspace(0.2, 0.6, 12)
+    unequal = np.stack([helpfulness_gaussian(r, 0.5, s) for s in slopes], 1)
+    fit = fit_tradeoff(TradeoffCurve(r, {"B": b, "H_rel": unequal}, 0 * r, 0 * r), resamples=50)
+    low, high = fit.s_interval
+    assert 0.2 < low < fit.s < high < 0.6
+    assert fit.advise_coefficient(0.1) < fit.efficient_range(0.1)[1]
+    assert helpfulness_gaussian(fit.advise_coefficient(0.1), fit.H0, high) == pytest.approx(0.9 * fit.H0)

@@ -1026,3 +1026,244 @@ def test_small_parts():
         30 * F.one_hot(tokens, 5).float(), torch.tensor([[-30.0, 30, -30]]), tokens, tokens, masked
     )
     torch.testing.assert_close(wrong, torch.tensor(50 * 10.0))
+
+
+# ----------------------------------------------------------------- found in review
+
+
+@pytest.mark.parametrize(("count", "groups"), [(5, 2), (3, 2), (7, 3), (6, 4), (4, 4), (5, 1)])
+def test_layers_are_shared_in_as_many_groups_as_asked_for(count, groups):
+    layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(count))
+    share_layers(layers, groups)
+    assert len({id(layer) for layer in layers}) == groups
+    assert [id(layer) for layer in layers] == sorted((id(layer) for layer in layers), key=[*map(id, layers)].index)
+
+
+def test_reversible_gradients_under_autocast_are_those_of_the_plain_stack():
+    # walked back in another precision than forward, inputs come out wrong, and gradients by parts in a hundred
+    pairs = [tuple(nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16), nn.GELU()) for _ in "fg") for _ in range(12)]
+    stack, x = make_reversible(pairs), torch.randn(8, 16)
+
+    def plain(a):
+        b = a
+        for f, g in pairs:
+            a = a + f(b)
+            b = b + g(a)
+        return (a + b) / 2
+
+    found = []
+    for run in (stack, plain):
+        stack.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = run(x)
+        y.float().square().sum().backward()
+        found.append(pairs[0][0][1].weight.grad.clone())
+    assert (found[0] - found[1]).norm() < 1e-3 * found[1].norm()
+
+
+def test_a_span_that_fell_below_zero_can_come_back():
+    layer = EfficientAttention(16, 2, "adaptive_span", max_length=32, ramp=4)
+    for z in (-0.1, 77.77):
+        # beyond the ends it counts as the end, exactly
+        with torch.no_grad():
+            layer.core.z.fill_(z)
+        x, q = torch.randn(2, 30, 16), torch.zeros(1, 2, 1, 8)
+        assert torch.equal(layer.core.learned(q, q, x, None)["z"], torch.full((2,), min(max(z, 0.0), 32.0)))
+        layer.zero_grad()
+        layer(x).square().sum().backward()
+        assert layer.core.z.grad is not None
+        assert (z > 0) or (layer.core.z.grad != 0).all()
+
+
+def test_distillation_leaves_the_modes_as_found():
+    teacher, student = nn.Sequential(nn.Linear(3, 2)).train(), nn.Sequential(nn.Linear(3, 2)).eval()
+    distil(teacher, student, [(torch.randn(4, 3), torch.zeros(4).long())])
+    assert (teacher.training, teacher[0].training, student.training, student[0].training) == (True, True, False, False)
+    with pytest.raises(RuntimeError):
+        distil(teacher, student, [(torch.randn(4, 5), torch.zeros(4).long())])
+    assert (teacher.training, student.training) == (True, False)
+
+
+def test_a_factorised_embedding_of_full_rank_is_exact_in_float64():
+    table = nn.Embedding(20, 8, dtype=torch.float64)
+    torch.testing.assert_close(factorise_embedding(table, 8)(torch.arange(20)), table.weight, atol=1e-13, rtol=0)
+
+
+def test_a_failed_conversion_leaves_the_model_alone(monkeypatch):
+    model = model_of("bert")
+    names = set(model.state_dict())
+
+    def refuse(*_args):
+        raise ValueError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "set_attn_implementation", refuse, raising=False)
+        with pytest.raises(ValueError, match=r"^no$"):
+            convert_attention(model, "linformer", max_length=32, rank=4)
+    assert set(model.state_dict()) == names
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_performer_without_eps_equals_the_published_code():
+    # softmax_kernel (eps=0) and linear_attention of lucidrains/performer-pytorch, commit fc8b784, on these inputs
+    published = [
+        -0.08133,
+        0.146098,
+        0.327636,
+        -0.047822,
+        0.301426,
+        0.549131,
+        -0.008214,
+        0.456799,
+        0.764791,
+        0.006904,
+        0.505938,
+        0.830493,
+        0.835381,
+        0.513156,
+        0.014422,
+        0.774853,
+        0.470973,
+        0.006036,
+        0.561659,
+        0.327411,
+        -0.015084,
+        0.336206,
+        0.179285,
+        -0.031243,
+    ]
+    q, k, v, w = (torch.linspace(-1, 1, 24).sin().mul(s).cos().view(1, 2, 4, 3) for s in (3, 5, 7, 2))
+    features = w[0, 0].reshape(4, 3) * 1.5
+    y = efficient_attention(q, k, v, "performer", features=features, eps=0.0)
+    torch.testing.assert_close(y, torch.tensor(published).view(1, 2, 4, 3), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+@pytest.mark.parametrize(("work", "error", "message"), [
+    (lambda: EfficientAttention(8, 2, "nystrom", conv_width=4), ValueError, "conv_width must be odd"),
+    (lambda: EfficientAttention(8, 2, "performer", count=0), ValueError, "count must be"),
+    (lambda: EfficientAttention(8, 2, "performer", redraw_every=0), ValueError, "redraw_every must be"),
+    (lambda: EfficientAttention(8, 2, "routing", clusters=0), ValueError, "clusters must be"),
+    (lambda: EfficientAttention(8, 2, "routing", clusters=2, decay=7), ValueError, "decay must lie"),
+    (lambda: EfficientAttention(8, 2, "linformer", max_length=8, rank=0), ValueError, "rank must be"),
+    (lambda: EfficientAttention(8, 2, "induced", count=0), ValueError, "count must be"),
+    (lambda: EfficientAttention(8, 2, "lightconv", kernel_size=0), ValueError, "kernel_size must be"),
+    (lambda: EfficientAttention(8, 2, "mlp_mixer", max_length=8, hidden=0), ValueError, "hidden must be"),
+    (lambda: EfficientAttention(8, 2, "aft", max_length=8, rank=-2), ValueError, "rank must not be negative"),
+    (lambda: EfficientAttention(8, 2, "etc", distances=0), ValueError, "distances must be"),
+    (lambda: EfficientAttention(8, 2, "adaptive_span", longest=-3), ValueError, "start must lie"),
+    (lambda: EfficientAttention(8, 2, "adaptive_span", longest=4, start=9), ValueError, "start must lie"),
+    (lambda: EfficientAttention(8, 2, "synthesizer", max_length=8, rank=0), ValueError, "rank must be"),
+    (lambda: EfficientAttention(4, 2, "softmax")(X[0], key_padding_mask=torch.zeros(2, 6)), TypeError, "boolean"),
+    (lambda: EfficientAttention(4, 2, "fnet")(X[0], key_padding_mask=torch.zeros(2, 1).bool()), ValueError, "(2, 6)"),
+    (lambda: EfficientAttention(8, 2, "softmax")(X[0]), ValueError, "x must have shape .batch, length, 8."),
+    (lambda: EfficientAttention(4, 2, "softmax")(X[0].long()), TypeError, "x must be a floating-point"),
+    (lambda: EfficientAttention(4, 2, "softmax")(X[0], context=X[0, :, :0]), ValueError, "context must not be empty"),
+    (lambda: efficient_attention(X, X, X, "local", window=2.0), ValueError, "window must be a whole number"),
+    (lambda: efficient_attention(X, X, X, "performer", count=0), ValueError, "count must be"),
+    (lambda: efficient_attention(X, X, X, "bigbird", random=-1), ValueError, "random and global_blocks"),
+    (lambda: efficient_attention(X, X, X, "induced", latents=torch.zeros(3, 2, 4)), ValueError, "latents must have"),
+    (lambda: efficient_attention(X, X, X, "aft", bias=torch.zeros(3, 6, 6)), ValueError, "position biases must have"),
+    (lambda: efficient_attention(X, X, X, "aft", bias=torch.zeros(2, 6, 5)), ValueError, "position biases must have"),
+    (lambda: efficient_attention(X, X, X, "aft", window=2), ValueError, "aft was given none"),
+    (lambda: efficient_attention(X, X, X, "adaptive_span", z=torch.ones(2) * 5, longest=2), ValueError, "not exceed"),
+    (lambda: checkpointed([], X), ValueError, "segments must lie"),
+    (lambda: checkpointed([nn.Linear(4, 4)], X, segments=2), ValueError, "segments must lie"),
+    (lambda: SwitchFFN(4, 4, 2)(X[0, :, :0]), ValueError, "at least one token"),
+    (lambda: [MovementPruner(m, 5) for m in [nn.Linear(2, 2)] * 2], ValueError, "parametrized weights already"),
+])  # fmt: skip
+def test_more_wrong_inputs_say_what_would_work(work, error, message):
+    with pytest.raises(error, match=message.replace("(2, 6)", r"\(2, 6\)")):
+        work()
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 128])
+@pytest.mark.parametrize("padded", [False, True])
+def test_gated_random_features_are_the_recurrence(chunk, padded):
+    n = 11
+    q, k, v = inputs("rfa", n)
+    w, gate = gaussian_features(6, D).double(), rand(2, H, n, seed=4).sigmoid()
+    mask = torch.zeros(2, n, dtype=torch.bool)
+    if padded:
+        mask[0, -3:] = mask[1, :2] = mask[1, 6] = True
+    kw = dict(causal=True, features=w, gate=gate, key_padding_mask=mask)
+    y = efficient_attention(q, k, v, "rfa", chunk=chunk, **kw)
+    for b, h in [(0, 0), (1, 1)]:
+        top, below = torch.zeros(12, D, dtype=torch.float64), torch.zeros(12, dtype=torch.float64)
+        for t in range(n):
+            if mask[b, t]:
+                continue
+            fq, fk = (
+                torch.cat([angle.sin(), angle.cos()]) / math.sqrt(6)
+                for angle in (w @ F.normalize(x[b, h, t], dim=0) for x in (q, k))
+            )
+            g = gate[b, h, t]
+            top = g * top + (1 - g) * fk[:, None] * v[b, h, t]
+            below = g * below + (1 - g) * fk
+            total = fq @ below
+            total = total.sign() * total.abs().clamp(min=1e-3)
+            torch.testing.assert_close(y[b, h, t], fq @ top / total, atol=1e-9, rtol=1e-7)
+    whole = dense_equivalent("rfa")(q, k, v, **kw).masked_fill(mask[:, None, :, None], 0)
+    torch.testing.assert_close(y.masked_fill(mask[:, None, :, None], 0), whole, atol=1e-9, rtol=1e-7)
+    layer = EfficientAttention(8, 2, "rfa", causal=True, gated=True)
+    layer(torch.randn(2, 5, 8)).square().sum().backward()
+    assert layer.core.gate.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("form", ["simple", "factors", "full", "relu", "span"])
+def test_other_forms_equal_their_dense_definition(form, causal):
+    n = 23
+    kind, kw = {
+        "simple": ("aft", {}),
+        "factors": ("aft", dict(bias_factors=(rand(H, 30, 3, seed=20), rand(H, 30, 3, seed=21)))),
+        "full": ("aft", dict(bias=rand(H, 30, 30, seed=22))),
+        "relu": ("performer", dict(features=gaussian_features(6, D).double(), kernel="relu", chunk=4)),
+        "span": ("adaptive_span", dict(z=torch.tensor([0.0, 50.0], dtype=torch.float64), ramp=3.0)),
+    }[form]
+    mask = torch.zeros(2, n, dtype=torch.bool)
+    mask[0, -5:] = mask[1, :3] = True
+    kw |= dict(causal=causal, key_padding_mask=mask)
+    q, k, v = inputs(kind, n)
+    fast, dense = efficient_attention(q, k, v, kind, **kw), dense_equivalent(kind)(q, k, v, **kw)
+    fast, dense = (y.masked_fill(mask[:, None, :, None], 0) for y in (fast, dense))
+    torch.testing.assert_close(fast, dense, atol=1e-9, rtol=1e-7)
+
+
+def test_gradual_pruning_reaches_the_schedule_and_not_more():
+    model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10))
+    for t in range(5):
+        prune_magnitude(model, share := cubic_sparsity(t, 4), keep_masks=True)
+        assert sum(int((m.weight == 0).sum()) for m in model) == round(200 * share)
+    with pytest.raises(ValueError, match="remove 180 weights already"):
+        prune_magnitude(model, 0.5, keep_masks=True)
+    prune_magnitude(model, 0.95)
+    assert sum(int((m.weight == 0).sum()) for m in model) == 190
+    assert set(model.state_dict()) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+
+
+def test_replaced_tokens_are_not_looked_for_in_padding():
+    generator, found = torch.randn(2, 6, 5), torch.randn(2, 6)
+    tokens, sampled, masked = torch.arange(12).view(2, 6) % 5, torch.arange(12).view(2, 6) % 4, torch.ones(2, 6).bool()
+    padding = torch.arange(6).expand(2, -1) > 3
+    cut = [t[:, :4] for t in (generator, found, tokens, sampled, masked)]
+    expected = replaced_token_loss(*cut)
+    torch.testing.assert_close(
+        replaced_token_loss(generator, found, tokens, sampled, masked, padding=padding), expected
+    )
+    with pytest.raises(ValueError, match="masked marks no position"):
+        replaced_token_loss(generator, found, tokens, sampled, padding, padding=padding)
+
+
+def test_costs_of_models_with_other_attentions_are_counted_too():
+    exact = CostModel(model_of("bert")).estimate(32)
+    model = model_of("bert")
+    model.set_attn_implementation(register_efficient_attention("local", "tg_counted", window=4))
+    assert 0 < CostModel(model).estimate(32).flops < exact.flops
+    model = model_of("bert")
+    convert_attention(model, "linformer", max_length=32, rank=2)
+    assert 0 < CostModel(model).estimate(32).flops < exact.flops
+    stack = make_reversible([(nn.Linear(4, 4), nn.Linear(4, 4))]).to("meta")
+    x = torch.zeros(2, 4, device="meta", requires_grad=True)
+    stack(x).sum().backward()
+    assert x.grad.shape == x.shape

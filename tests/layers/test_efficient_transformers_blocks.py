@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -15,6 +16,7 @@ from torchgraft.layers.efficient_transformers import (
     EvolvedBlock,
     L0HeadGates,
     SHARNNBlock,
+    SwitchFFN,
     finish_low_bits,
     low_bit_weights,
 )
@@ -283,3 +285,51 @@ def test_blocks_compile_and_come_back_from_a_state(make, without_shape_checks):
     low = first(make().bfloat16().eval()(x.bfloat16()))
     assert low.dtype == torch.bfloat16
     assert bool(low.isfinite().all())
+
+
+def test_learned_steps_of_outputs_whose_weights_are_zero_are_finite_and_train():
+    for rows in (slice(None), slice(1)):
+        model = nn.Sequential(nn.Linear(4, 3))
+        with torch.no_grad():
+            model[0].weight[rows] = 0
+        low_bit_weights(model, nn.Linear, 4)
+        y = model(torch.ones(1, 4))
+        assert torch.isfinite(y).all()
+        y.sum().backward()
+        assert model[0].parametrizations.weight.original.grad.abs().min() > 0
+
+
+def test_weights_are_rounded_once():
+    model = nn.Sequential(nn.Linear(4, 3))
+    low_bit_weights(model, nn.Linear, 4)
+    with pytest.raises(ValueError, match="already"):
+        low_bit_weights(model, nn.Linear, "binary")
+
+
+@pytest.mark.parametrize("make", [
+    lambda: SwitchFFN(8, 8, 2),
+    lambda: AdaptiveDepth(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), width=8),
+])  # fmt: skip
+def test_layers_can_be_copied_between_forward_and_backward(make):
+    layer, x = make().eval(), torch.randn(2, 5, 8)
+    y = layer(x)
+    again = copy.deepcopy(layer)
+    torch.testing.assert_close(again(x), y)
+    (y.sum() + (layer.balance if isinstance(layer, SwitchFFN) else layer.ponder)).backward()
+
+
+def test_nothing_to_ponder_costs_nothing():
+    layer = AdaptiveDepth(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), width=8)
+    assert (layer(torch.randn(2, 5, 8), padding=torch.ones(2, 5, dtype=torch.bool)) == 0).all()
+    assert layer.ponder == 0
+
+
+@pytest.mark.parametrize("make", [
+    lambda: EvolvedBlock(8, 2), lambda: SHARNNBlock(8), lambda: AdaptiveDepth(nn.Identity(), width=8),
+])  # fmt: skip
+def test_blocks_name_inputs_that_do_not_fit(make, without_shape_checks):
+    for shape in ((2, 0, 8), (2, 5, 7), (5, 8)):
+        with pytest.raises(ValueError, match="x must have shape"):
+            make()(torch.zeros(shape))
+    with pytest.raises(TypeError, match="floating-point"):
+        make()(torch.zeros(2, 5, 8, dtype=torch.long))

@@ -380,6 +380,10 @@ def test_wrong_input_of_the_block_is_named(without_shape_checks):
         ("d_conv must be odd", {"d_conv": 4}),
         ("n_groups must divide", {"n_groups": 3}),
         ("backend must be", {"backend": "fast"}),
+        ("chunk_size must be", {"chunk_size": 0}),
+        ("0 < dt_min <= dt_max", {"dt_min": 0.0}),
+        ("0 < dt_min <= dt_max", {"dt_min": 0.5, "dt_max": 0.1}),
+        ("dt_limit must be", {"dt_limit": (1.0, 0.0)}),
     ]:
         with pytest.raises(ValueError, match=message):
             HydraMixer(16, **{"d_state": 4, "headdim": 8, **settings})
@@ -432,7 +436,7 @@ OFFICIAL_BENCH = {
 
 @pytest.mark.parametrize(("kind", "dependent"), OFFICIAL_BENCH)
 def test_bench_equals_the_official_one(kind, dependent):
-    mixer = known(MatrixMixer(kind, dependent, 16, 3, 12, headdim=8, official_indexing=True))
+    mixer = known(MatrixMixer(kind, dependent, 16, 3, 12, headdim=8, official_indexing=kind == "toeplitz"))
     want = torch.tensor(OFFICIAL_BENCH[kind, dependent], dtype=torch.float64)
     assert torch.allclose(mixer(known_input(12))[1, -1, :3], want, rtol=0, atol=2e-9)
 
@@ -593,11 +597,32 @@ def test_learned_vandermonde_mixes_tokens():
         ("max_seq_len must be at least 1", ("cauchy", False, 16), {}),
         ("qk_dim must be", ("cauchy", True, 16, 0), {}),
         ("headdim must divide", ("cauchy", True, 16), {"headdim": 9}),
+        ("max_seq_len must be at least 1, or None", ("low_rank", True, 16, 4, 0), {}),
+        ("max_seq_len must be at least 1, or None", ("low_rank", True, 16, 4, -3), {}),
+        ("official_indexing is of toeplitz", ("low_rank", True, 16), {"official_indexing": True}),
+        ("backend must be", ("quasiseparable", True, 16), {"backend": "fast"}),
     ],
 )
 def test_wrong_bench(message, args, settings, without_shape_checks):
     with pytest.raises(ValueError, match=message):
         MatrixMixer(*args, **{"headdim": 8, **settings})
+
+
+def test_cauchy_gradients_are_finite_where_exponentials_are_not():
+    x = (100 * torch.randn(1, 4, 3)).requires_grad_()
+    found = cauchy_matrix(x, -x)
+    torch.testing.assert_close(found.double(), cauchy_matrix(x.detach().double(), -x.detach().double()))
+    found.sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_runs_on_the_meta_device_where_costs_are_counted():
+    layer = HydraMixer(16, d_state=4, headdim=8).to("meta")
+    assert layer(torch.zeros(2, 6, 16, device="meta")).shape == (2, 6, 16)
+
+
+def test_an_empty_batch_of_packed_sequences_is_empty():
+    assert block()(torch.zeros(0, 6, 16).double(), seq_idx=torch.zeros(0, 6).long()).shape == (0, 6, 16)
 
 
 # ---- models of transformers
@@ -803,4 +828,7 @@ def test_published_checkpoints(tmp_path):
     assert (again.config.d_state, again.config.headdim, again.config.is_prenorm) == (4, 16, True)
     official.pop("model.bert.encoder.layer.1.layer.mixer.dt_bias")
     with pytest.raises(ValueError, match=r"missing \['bert.encoder.layer.1.layer.mixer.dt_bias'\]"):
+        load_published(official)
+    official.pop("model.bert.embeddings.token_type_embeddings.weight")
+    with pytest.raises(ValueError, match=r"missing \['bert.embeddings.token_type_embeddings.weight'\]"):
         load_published(official)

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from torchgraft.ops._precision import autocast_off
+
 FeatureMap = Literal["sigmoid", "relu", "elu"]
 Clamp = tuple[float, float] | None
 
@@ -167,7 +169,7 @@ def flow_attention(
     kind = v.dtype
     wide = torch.promote_types(torch.promote_types(q.dtype, v.dtype), torch.float32)
     # an autocast region would take the sums back to half precision
-    with torch.autocast(q.device.type, enabled=False):
+    with autocast_off(q):
         sinks = _mapped(q.to(wide), feature_map, query_padding_mask)
         sources = _mapped(k.to(wide), feature_map, key_padding_mask)
         values = v.to(wide)
@@ -317,7 +319,7 @@ def flow_attention_weights(
     check_settings(feature_map, clamp, eps)
     kind = q.dtype
     wide = torch.promote_types(torch.promote_types(q.dtype, k.dtype), torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
+    with autocast_off(q):
         rule = _Rule(clamp, eps, competition, allocation)
         return _written_out(q.to(wide), k.to(wide), is_causal, feature_map, rule).to(kind)
 
@@ -413,7 +415,7 @@ def flow_attention_state(
     check_settings(feature_map, clamp, eps)
     rule = _Rule(clamp, eps, competition, True)
     wide = torch.promote_types(torch.promote_types(q.dtype, v.dtype), torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
+    with autocast_off(q):
         sinks = _mapped(q.to(wide), feature_map, key_padding_mask)
         sources = _mapped(k.to(wide), feature_map, key_padding_mask)
         values = v.to(wide)
@@ -495,7 +497,7 @@ def flow_attention_step(
         value = value * (position * (conserved - total).exp())[..., None]
     memory = state.memory + source[..., :, None] * value[..., None, :]
     # an autocast region would take the product to half precision
-    with torch.autocast(q.device.type, enabled=False):
+    with autocast_off(q):
         y = torch.einsum("bhd,bhde->bhe", sink / incoming[..., None], memory)
     if allocation:
         y = y * (((sink + eps) * (keys_scaled + eps)).sum(-1) / position).sigmoid()[..., None]

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchgraft.ops._checks import check_floats, check_mask, check_shapes
+from torchgraft.ops._precision import autocast_off
 from torchgraft.ops.ssd import ssd
 
 __all__ = ["Backend", "quasiseparable", "quasiseparable_matrix", "semiseparable_matrix"]
@@ -77,7 +78,7 @@ def quasiseparable(
     _check(x, delta, A, B, C, diagonal, initial_state)
     dtype, wide = x.dtype, torch.promote_types(torch.float32, x.dtype)
     # the scan is a long sum of products: autocast must not round its factors
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_off(x):
         x, delta, A, B, C, diagonal = (tensor.to(wide) for tensor in (x, delta, A, B, C, diagonal))
         if mask is not None:
             check_mask(mask, x)

@@ -440,6 +440,12 @@ def notes(result: Result) -> str:
     """Budget, choices, and what the numbers cannot say."""
     c = result.config
     rates = ", ".join(f"{key.removeprefix('lr ')} {value['chosen']}" for key, value in result.tuned.items())
+    ends = [
+        key.removeprefix("lr ")
+        for key, value in result.tuned.items()
+        for grid in [c.learning_rates if key.removeprefix("lr ") in FILLING else c.class_rates]
+        if len(grid) > 1 and value["chosen"] in (grid[0], grid[-1])
+    ]
     reached = ""
     if FREQUENCIES in result.arms:
         floor, attention = (result.values(name, LOSS).mean() for name in (FREQUENCIES, "attention"))
@@ -456,8 +462,11 @@ def notes(result: Result) -> str:
         "'multiply' are our reading of the paper's alternatives, with the same data-dependent skip weight as Hydra. "
         f"Classes: one MatrixMixer, queries of {c.qk_dim}, learned positions, {c.class_steps} steps of "
         f"{c.class_batch}; DI learns tables over positions where DD projects the input, so their sizes differ. "
+        "Rows of an image always stand at the same places, which suits tables: where DI is ahead, that says little of "
+        "text, or of lengths that vary, where the paper has DD ahead. "
         "AdamW, one-cycle, a learning rate for each arm from the grid of its task, "
         f"{len(c.learning_rates)} and {len(c.class_rates)} rates, by trials of "
-        f"{c.tune_steps} and {c.tune_class_steps} steps on held-out training data. Chosen: {rates}. The paper "
-        "pre-trains 110M parameters on C4; a verdict here is about this budget."
+        f"{c.tune_steps} and {c.tune_class_steps} steps on held-out training data. Chosen: {rates}."
+        + (f" At an end of its grid: {', '.join(ends)}." if ends else "")
+        + " The paper pre-trains 110M parameters on C4; a verdict here is about this budget."
     )

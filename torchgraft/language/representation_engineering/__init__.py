@@ -15,6 +15,7 @@ from torchgraft.language.representation_engineering.theory import (
 from torchgraft.language.representation_engineering.tradeoff import (
     MultipleChoice,
     OptionContrast,
+    OptionLikelihood,
     Probe,
     TextLikelihood,
     TradeoffCurve,
@@ -27,6 +28,7 @@ from torchgraft.language.representation_engineering.vectors import ReadingVector
 __all__ = [
     "MultipleChoice",
     "OptionContrast",
+    "OptionLikelihood",
     "Probe",
     "ReadingVectors",
     "TextLikelihood",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchgraft.language._access import Access, captured, final_logits, resumed, tokenized
 from torchgraft.language.representation_engineering.steering import steer
 from torchgraft.language.representation_engineering.theory import helpfulness_gaussian
-from torchgraft.language.representation_engineering.vectors import ReadingVectors
+from torchgraft.language.representation_engineering.vectors import ReadingVectors, evaluating
 
 if TYPE_CHECKING:
     import pandas
@@ -28,7 +28,8 @@ class Probe(Protocol):
 
     ``texts`` are read by the model. With ``every_token`` false, ``score`` gets log-probabilities (texts, V) after each
     text; otherwise (texts, T, V) after each token, with ``ids`` and ``mask`` (texts, T). It gets some of the texts at a
-    time, ``rows`` says which, and returns named values, one for each of them.
+    time, ``rows`` says which, and returns named values, one for each of them. What needs several texts at once is done
+    by a method ``finish``, where there is one: it gets all values, (coefficients, texts) by name, and returns others.
     """
 
     @property
@@ -47,7 +48,10 @@ class Probe(Protocol):
 
 
 def _first_tokens(tokenizer: Any, options: Sequence[str]) -> list[int]:
-    found = [tokenizer(option, add_special_tokens=False)["input_ids"][0] for option in options]
+    rows = [tokenizer(option, add_special_tokens=False)["input_ids"] for option in options]
+    if not all(rows):
+        raise ValueError(f"options must have at least one token each, got {list(options)}")
+    found = [row[0] for row in rows]
     if len(set(found)) < len(found):
         raise ValueError(f"options must begin with different tokens, got {list(options)}; try a space before each")
     return found
@@ -64,7 +68,7 @@ class OptionContrast:
         items: (prompt, positive words, negative words); words as they follow the prompt, mostly with a space before.
 
     Raises:
-        ValueError: for no items, or words of an item that begin with the same token.
+        ValueError: for no items, an item without words on a side, or words of it that begin with the same token.
     """
 
     every_token = False
@@ -74,15 +78,22 @@ class OptionContrast:
             raise ValueError("items must not be empty")
         self.texts = [prompt for prompt, _, _ in items]
         self._ids = []
-        for _, positive, negative in items:
+        for prompt, positive, negative in items:
+            if not positive or not negative or isinstance(positive, str) or isinstance(negative, str):
+                raise ValueError(
+                    f"an item needs a list of words on either side, got {positive!r} and {negative!r} after {prompt!r}"
+                )
             both = _first_tokens(tokenizer, [*positive, *negative])
             self._ids.append((both[: len(positive)], both[len(positive) :]))
 
     def score(self, log_probs: Tensor, ids: Tensor, mask: Tensor, rows: slice) -> dict[str, Tensor]:
         """``B``, (texts,)."""
-        p = log_probs.exp()
-        sides = [(row[up].sum(), row[down].sum()) for row, (up, down) in zip(p, self._ids[rows], strict=True)]
-        return {"B": torch.stack([(up - down) / (up + down) for up, down in sides])}
+        # (P+ - P-) / (P+ + P-) by logarithms, so that probabilities may be smaller than the smallest float
+        gaps = [
+            row[up].logsumexp(0) - row[down].logsumexp(0)
+            for row, (up, down) in zip(log_probs, self._ids[rows], strict=True)
+        ]
+        return {"B": (torch.stack(gaps) / 2).tanh()}
 
 
 class MultipleChoice:
@@ -121,10 +132,10 @@ class MultipleChoice:
 
     def score(self, log_probs: Tensor, ids: Tensor, mask: Tensor, rows: slice) -> dict[str, Tensor]:
         """``H_abs``: of the right letter; ``H_rel``: among the letters; ``accuracy``; each (texts,)."""
-        p = [row[letters].exp() for row, letters in zip(log_probs, self._letters[rows], strict=True)]
-        told = list(zip(p, self._right[rows], strict=True))
-        right = torch.stack([row[k] for row, k in told])
-        shares = torch.stack([row[k] / row.sum() for row, k in told])
+        found = [row[letters] for row, letters in zip(log_probs, self._letters[rows], strict=True)]
+        told = list(zip(found, self._right[rows], strict=True))
+        right = torch.stack([row[k].exp() for row, k in told])
+        shares = torch.stack([row.softmax(0)[k] for row, k in told])
         best = torch.tensor([float(row.argmax() == k) for row, k in told])
         return {"H_abs": right, "H_rel": shares, "accuracy": best}
 
@@ -135,6 +146,66 @@ class MultipleChoice:
             gap = row[letters] - row[letters[k]]
             found += [gap[:k], gap[k + 1 :]]
         return torch.cat(found)
+
+
+class OptionLikelihood:
+    """Helpfulness: the probability of the right answer in full, token by token, for models that know no letters.
+
+    Args:
+        tokenizer: of the model.
+        items: (question, options, place of the right one).
+        template: with ``{question}``; the option follows.
+        space: what stands before an option.
+
+    Raises:
+        ValueError: for no items, fewer than two options, a place that there is not, or an option whose tokens do not
+            follow those of the question (mostly for want of a space before it).
+    """
+
+    every_token = True
+
+    def __init__(
+        self, tokenizer: Any, items: Sequence[tuple[str, Sequence[str], int]],
+        template: str = "Question: {question}\nAnswer:", space: str = " ",
+    ) -> None:  # fmt: skip
+        if not items:
+            raise ValueError("items must not be empty")
+        self.texts: list[str] = []
+        self._begins: list[int] = []
+        self._right, self._sizes = [right for _, _, right in items], [len(options) for _, options, _ in items]
+        for question, options, right in items:
+            if len(options) < 2 or not 0 <= right < len(options):
+                raise ValueError(
+                    f"an item needs two options or more, one of them right, got {len(options)} and {right}"
+                )
+            prompt = template.format(question=question)
+            head = list(tokenizer(prompt)["input_ids"])
+            for option in options:
+                ids = list(tokenizer(prompt + space + option)["input_ids"])
+                if not head or ids[: len(head)] != head or len(ids) == len(head):
+                    raise ValueError(f"the tokens of {option!r} do not follow those of {prompt!r}; try another space")
+                self.texts.append(prompt + space + option)
+                self._begins.append(len(head))
+
+    def score(self, log_probs: Tensor, ids: Tensor, mask: Tensor, rows: slice) -> dict[str, Tensor]:
+        """The log-probability of each option, (texts,); ``finish`` puts those of a question together."""
+        begins = torch.tensor(self._begins[rows])
+        counted = mask[:, 1:] * (torch.arange(1, ids.shape[1]) >= begins[:, None])
+        told = log_probs[:, :-1].gather(2, ids[:, 1:, None])[..., 0] * counted
+        return {"option": told.sum(1)}
+
+    def finish(self, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """``H_answer``: of the right option; ``H_options``: among the options; ``accuracy_options``; (R, items)."""
+        from scipy.special import softmax
+
+        ends = np.cumsum(self._sizes)
+        answers = np.split(values["option"], ends[:-1], axis=1)
+        pairs = list(zip(answers, self._right, strict=True))
+        return {
+            "H_answer": np.stack([np.exp(found[:, k]) for found, k in pairs], 1),
+            "H_options": np.stack([softmax(found, 1)[:, k] for found, k in pairs], 1),
+            "accuracy_options": np.stack([(found.argmax(1) == k).astype(float) for found, k in pairs], 1),
+        }
 
 
 class TextLikelihood:
@@ -149,8 +220,12 @@ class TextLikelihood:
 
     def score(self, log_probs: Tensor, ids: Tensor, mask: Tensor, rows: slice) -> dict[str, Tensor]:
         """(texts,), natural logarithm."""
+        count = mask[:, 1:].sum(1)
+        if not bool((count > 0).all()):
+            short = [text for text, n in zip(self.texts[rows], count.tolist(), strict=True) if not n]
+            raise ValueError(f"texts must have at least two tokens, got {short[0]!r}")
         told = log_probs[:, :-1].gather(2, ids[:, 1:, None])[..., 0] * mask[:, 1:]
-        return {"log_likelihood": told.sum(1) / mask[:, 1:].sum(1)}
+        return {"log_likelihood": told.sum(1) / count}
 
 
 @torch.no_grad()
@@ -238,15 +313,19 @@ class TradeoffSweep:
         help: Sequence[Probe] = (), *, layers: Sequence[int] | None = None, batch_size: int = 16,
     ) -> None:  # fmt: skip
         self.coefficients = sorted({float(r) for r in coefficients})
-        if len(self.coefficients) < 5 or 0.0 not in self.coefficients:
-            raise ValueError(f"coefficients must be at least five, 0 among them, got {list(coefficients)}")
-        vectors.check(model)
+        if len(self.coefficients) < 5 or 0.0 not in self.coefficients or not np.isfinite(self.coefficients).all():
+            raise ValueError(f"coefficients must be at least five, 0 among them, and finite, got {list(coefficients)}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        # says what is wrong with vectors and layers now, rather than in the middle of a run
+        with steer(model, vectors, 0.0, layers):
+            pass
         self.model, self.tokenizer, self.vectors, self.layers = model, tokenizer, vectors, layers
         self.align, self.help, self.batch_size = align, list(help), batch_size
 
     @torch.no_grad()
     def run(self, progress: Any = None) -> TradeoffCurve:
-        """All coefficients.
+        """All coefficients, without dropout.
 
         Args:
             progress: called with (done, total) after every batch of texts.
@@ -264,14 +343,20 @@ class TradeoffSweep:
             parts: list[list[dict[str, Tensor]]] = [[] for _ in self.coefficients]
             for start in range(0, len(probe.texts), self.batch_size):
                 rows = slice(start, start + self.batch_size)
-                self._batch(probe, rows, parts, norms if probe is not self.align else [], gaps)
+                with evaluating(self.model):
+                    self._batch(probe, rows, parts, norms if probe is not self.align else [], gaps)
                 done += 1
                 if progress is not None:
                     progress(done, total)
-            for name in parts[0][0]:
-                if name in values:
-                    raise ValueError(f"two probes measure {name!r}")
-                values[name] = np.stack([torch.cat([p[name] for p in part]).double().numpy() for part in parts])
+            found = {
+                name: np.stack([torch.cat([p[name] for p in part]).double().numpy() for part in parts])
+                for name in parts[0][0]
+            }
+            if finish := getattr(probe, "finish", None):
+                found = finish(found)
+            if twice := sorted(found.keys() & values.keys()):
+                raise ValueError(f"two probes measure {twice[0]!r}")
+            values |= found
         if "B" not in values or np.abs(values["B"]).max() > 1 + 1e-6:
             raise ValueError("align must measure 'B', from -1 to 1")
         broken = [name for name, found in values.items() if not np.isfinite(found).all()]
@@ -409,15 +494,15 @@ def fit_tradeoff(
 
     Args:
         curve: a sweep.
-        help: the measurement that is helpfulness, a probability (``H_rel``, ``H_abs``, ``accuracy``) or
+        help: the measurement that is helpfulness, a probability (``H_rel``, ``H_options``, ``accuracy``, …) or
             ``log_likelihood``, which is turned into the probability of a token by the exponential.
         window: fit behaviour within ``|r| <= window`` alone; the tanh saturates, and below it stops short of -1.
         resamples: of the texts, for the intervals; 0 gives intervals of no width.
         seed: of these.
 
     Raises:
-        ValueError: for an unknown measurement, fewer than five coefficients (in the window too), or behaviour that is
-            -1 or 1 without steering, from which no slope can be told.
+        ValueError: for an unknown measurement or one that is no probability, fewer than five coefficients (in the
+            window too), or behaviour that is -1 or 1 without steering, from which no slope can be told.
     """
     from scipy.optimize import curve_fit
 
@@ -443,7 +528,12 @@ def fit_tradeoff(
     def probability(values: np.ndarray) -> np.ndarray:
         return np.exp(values) if help == "log_likelihood" else values
 
-    slope, offset, s, h0 = fitted(curve.mean("B"), probability(told))
+    level = probability(told)
+    if not ((level >= 0) & (level <= 1 + 1e-6)).all() or not (level[r == 0] > 0).all():
+        raise ValueError(
+            f"{help!r} must be a probability, above 0 without steering, got {level.min():.3g} to {level.max():.3g}"
+        )
+    slope, offset, s, h0 = fitted(curve.mean("B"), level)
     draw = np.random.default_rng(seed)
     again = []
     for _ in range(resamples):

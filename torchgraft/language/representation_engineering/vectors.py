@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,11 +21,23 @@ Method = Literal["pca_center", "pca_diff", "mean_diff", "random"]
 METHODS: tuple[Method, ...] = ("pca_center", "pca_diff", "mean_diff", "random")
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout until the end of the block; every module goes back to the mode that it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 @torch.no_grad()
 def hidden_at(
     model: nn.Module, tokenizer: Any, texts: Sequence[str], layers: Iterable[int], token: int = -1, batch_size: int = 32
 ) -> dict[int, Tensor]:
-    """Outputs of layers at one token of each text: (texts, D) in float32, by layer.
+    """Outputs of layers at one token of each text: (texts, D) in float32, by layer; without dropout.
 
     Args:
         model: see ``ReadingVectors.from_pairs``.
@@ -35,8 +48,10 @@ def hidden_at(
         batch_size: texts in a forward pass.
 
     Raises:
-        ValueError: when a text is too short for ``token``.
+        ValueError: when a text is too short for ``token``, or for batches of less than one text.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     access, layers = Access(model), list(layers)
     found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     device = access.unembedding.device
@@ -46,7 +61,7 @@ def hidden_at(
         if not (-lengths.min() <= token < lengths.min()):
             raise ValueError(f"token must be a place in every text, got {token} for one of {int(lengths.min())} tokens")
         place = lengths + token if token < 0 else torch.full_like(lengths, token)
-        with captured(model, layers) as outputs:
+        with evaluating(model), captured(model, layers) as outputs:
             access.base(**batch)
         for layer in layers:
             found[layer].append(outputs[layer][torch.arange(len(place)), place].float())
@@ -67,12 +82,15 @@ def direction(positive: Tensor, negative: Tensor, method: Method = "pca_center",
     The sign of the axes is that by which more pairs have their positive text above, and of ties the mean's.
 
     Raises:
-        ValueError: for an unknown method, shapes that differ, or differences that are all zero.
+        ValueError: for an unknown method, shapes that differ, states that are not finite, or differences that are all
+            zero (``pca_diff``: all the same, which leaves it nothing).
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if positive.shape != negative.shape or positive.dim() != 2 or len(positive) < 1:
         raise ValueError(f"need pairs of states (n, D), got {tuple(positive.shape)} and {tuple(negative.shape)}")
+    if not (positive.isfinite().all() and negative.isfinite().all()):
+        raise ValueError("states must be finite; in float16 they may overflow, use float32 or bfloat16")
     if method == "random":
         drawn = torch.randn(positive.shape[1], generator=torch.Generator().manual_seed(seed))
         return drawn / drawn.norm()
@@ -82,6 +100,12 @@ def direction(positive: Tensor, negative: Tensor, method: Method = "pca_center",
         axis = mean
     else:
         centred = differences - mean if method == "pca_diff" else differences
+        # up to rounding: what is left of equal differences points anywhere
+        if method == "pca_diff" and centred.norm() <= 1e-6 * differences.norm():
+            raise ValueError(
+                "pca_diff takes away what all pairs have in common, and these pairs differ in nothing else; give more "
+                "pairs, or use pca_center or mean_diff"
+            )
         axis = torch.linalg.svd(centred, full_matrices=False).Vh[0]
         above = (differences @ axis).sign().sum()
         if above < 0 or (above == 0 and mean @ axis < 0):
@@ -95,8 +119,13 @@ def separability(positive: Tensor, negative: Tensor, method: Method, seed: int =
     """The share of pairs that a direction found without them puts in the right order, over up to five folds.
 
     One half is chance: directions are never judged on the pairs that they came from.
+
+    Raises:
+        ValueError: for fewer than two pairs (``pca_diff``: three).
     """
     n = len(positive)
+    if n < (least := 3 if method == "pca_diff" else 2):
+        raise ValueError(f"need at least {least} pairs to judge {method} on pairs that it was not found on, got {n}")
     folds = torch.arange(n) % min(5, n)
     right = []
     for fold in folds.unique():
@@ -126,6 +155,11 @@ class ReadingVectors:
     def __post_init__(self) -> None:
         if not self.directions:
             raise ValueError("directions must not be empty")
+        for layer, v in self.directions.items():
+            if not isinstance(v, Tensor):
+                raise TypeError(f"directions must be tensors, got {type(v).__name__} for layer {layer}")
+            if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+                raise ValueError(f"layers must be whole numbers from 0, got {layer!r}")
         widths = {tuple(v.shape) for v in self.directions.values()}
         if len(widths) > 1 or len(next(iter(widths))) != 1:
             raise ValueError(f"directions must be vectors of one width, got shapes {sorted(widths)}")
@@ -161,7 +195,7 @@ class ReadingVectors:
             model: a transformers language model of a family of this room (GPT-2, GPT-NeoX, Llama, Mistral, Qwen, Gemma,
                 Phi, OPT, BERT), also inside a peft model.
             tokenizer: its tokenizer.
-            pairs: (positive, negative) texts, at least two.
+            pairs: (positive, negative) texts, at least two (``pca_diff``: three).
             layers: blocks, negative ones counted from the end; all where None. The paper takes the fifth to last fifth
                 (blocks -18 to -22 of 7B and 8B models).
             method: see ``direction``.
@@ -180,7 +214,7 @@ class ReadingVectors:
             >>> pairs = [("I feel happy", "I feel sad"), ("what a joy", "what a pity")]
             >>> vectors = ReadingVectors.from_pairs(model, tokenizer, pairs, layers=[-2])  # doctest: +SKIP
         """
-        access = Access(model)
+        access, pairs = Access(model), list(pairs)
         for pair in pairs:
             if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
                 raise TypeError(f"pairs must be (positive, negative) texts, got {pair!r}")
@@ -188,6 +222,8 @@ class ReadingVectors:
             raise ValueError(f"need at least two pairs, got {len(pairs)}")
         count = len(access.layers)
         chosen = range(count) if layers is None else layers
+        if not len(chosen):
+            raise ValueError("layers must name at least one block, got none")
         for layer in chosen:
             access.layer(layer)
         chosen = sorted({layer % count for layer in chosen})

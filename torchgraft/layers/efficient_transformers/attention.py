@@ -16,6 +16,7 @@ from torch import Tensor
 from torchgraft.layers._interface import register_attention
 from torchgraft.layers.efficient_transformers import clustering, kernels, low_rank, mixing, patterns
 from torchgraft.ops._checks import check_floats
+from torchgraft.ops._precision import autocast_off
 
 __all__ = [
     "DROP_IN", "KINDS", "attention_pattern", "efficient_attention", "flex_block_mask", "register_efficient_attention",
@@ -239,7 +240,7 @@ def efficient_attention(
         k_wide = q_wide if k is q else k_wide.masked_fill(here, 0)
         values = values.masked_fill(here, 0)
     # an autocast region would take the sums back to half precision
-    with torch.autocast(q.device.type, enabled=False):
+    with autocast_off(q):
         y = chosen.work(q_wide, k_wide, values, causal=causal, keep=keep, **options)
     if keep is not None and not chosen.cross and y.shape[2] == keep.shape[1]:
         y = y.masked_fill(~keep[:, None, :, None], 0)

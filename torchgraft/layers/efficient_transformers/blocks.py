@@ -10,6 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchgraft.ops._checks import check_floats
+
 __all__ = ["AdaptiveDepth", "EvolvedBlock", "SHARNNBlock"]
 
 
@@ -23,6 +25,12 @@ def _heads_divide(width: int, heads: int) -> None:
     _positive(width=width, heads=heads)
     if width % heads:
         raise ValueError(f"heads must divide the width {width}, got {heads}")
+
+
+def _check(x: Tensor, width: int) -> None:
+    check_floats(x=x)
+    if x.ndim != 3 or x.shape[1] == 0 or x.shape[2] != width:
+        raise ValueError(f"x must have shape (batch, length, {width}), length at least 1, got {tuple(x.shape)}")
 
 
 class EvolvedBlock(nn.Module):
@@ -68,6 +76,7 @@ class EvolvedBlock(nn.Module):
         self, x: Float[Tensor, "B N W"], key_padding_mask: Bool[Tensor, "B N"] | None = None
     ) -> Float[Tensor, "B N W"]:
         """As a Transformer's layer; True in ``key_padding_mask`` marks padding."""
+        _check(x, self.ffn_norm.normalized_shape[0])
         x = x + self.dropout(F.glu(self.glu(self.glu_norm(x))))
 
         def shown(h: Tensor) -> Tensor:
@@ -144,6 +153,7 @@ class AdaptiveDepth(nn.Module):
 
         ``kwargs`` go to the layer, which needs the padding under its own name.
         """
+        _check(x, self.stop.in_features)
         running = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if padding is None else ~padding
         real = running
         spent = torch.zeros(x.shape[:2], dtype=torch.float32, device=x.device)
@@ -161,8 +171,12 @@ class AdaptiveDepth(nn.Module):
             if not bool(running.any()):
                 break
         self.steps = steps.detach().long()
-        self.ponder = (steps + remainder)[real].mean()
+        self.ponder = (steps + remainder)[real].sum() / real.sum().clamp(min=1)
         return y
+
+    def __getstate__(self) -> dict[str, Any]:
+        # what hangs on a graph can neither be copied nor saved
+        return {**self.__dict__, "ponder": self.ponder.detach()}
 
 
 class SHARNNBlock(nn.Module):
@@ -204,6 +218,7 @@ class SHARNNBlock(nn.Module):
         self, x: Float[Tensor, "B N W"], state: tuple[Tensor, Tensor, Tensor] | None = None
     ) -> tuple[Float[Tensor, "B N W"], tuple[Tensor, Tensor, Tensor]]:
         """Outputs, and the state with which the next piece of the sequence goes on: LSTM's two, and the memory."""
+        _check(x, self.query.in_features)
         if state is not None and (state[2].ndim != 3 or state[2].shape[::2] != x.shape[::2]):
             raise ValueError(
                 f"state is of memory {tuple(state[2].shape)}, x of {tuple(x.shape)}: batch or width differ"

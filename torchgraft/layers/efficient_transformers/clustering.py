@@ -117,7 +117,9 @@ def routing_members(x: Tensor, centroids: Tensor, window: int, keep: Tensor | No
 
 def default_centroids(h: int, n: int, d: int, like: Tensor, clusters: int | None = None, seed: int = 0) -> Tensor:
     """Directions (H, clusters, D), about sqrt(n) of them, as long as layer-normalised tokens."""
-    return F.normalize(_normal(seed, like, h, clusters or max(1, round(math.sqrt(n))), d), dim=-1) * math.sqrt(d)
+    count = max(1, round(math.sqrt(n))) if clusters is None else clusters
+    _positive(clusters=count)
+    return F.normalize(_normal(seed, like, h, count, d), dim=-1) * math.sqrt(d)
 
 
 def routing(

@@ -36,11 +36,15 @@ class Converted:
         """Remove the cores and use the attention that was in use before."""
         if not self.names:
             raise RuntimeError("this conversion was undone already")
+        self.model.set_attn_implementation(self.before)
+        self.take_out()
+
+    def take_out(self) -> None:
+        """Remove the cores alone, for a model that does not use them."""
         for name in self.names:
             delattr(self.model.get_submodule(name), _PLACE)
         for hook in self.hooks:
             hook.remove()
-        self.model.set_attn_implementation(self.before)
         self.names = ()
 
 
@@ -136,7 +140,7 @@ def convert_attention(
         heads = _first(module, "num_attention_heads", "num_heads", "n_heads")
         width = _first(module, "hidden_size", "embed_dim", "dim")
         head_dim = getattr(module, "head_dim", None) or getattr(module, "attention_head_size", None) or width // heads
-        longest = max_length or getattr(model.config, "max_position_embeddings", None)
+        longest = getattr(model.config, "max_position_embeddings", None) if max_length is None else max_length
         core = make_core(kind, Shape(width, heads, head_dim, longest), **options)
         _start_from(core, module, copy_weights)
         weight = next(module.parameters())
@@ -147,7 +151,11 @@ def convert_attention(
         report.hooks.append(found[name].register_forward_pre_hook(_remember, with_kwargs=True))
     name = f"tg_converted_{kind}"
     register_attention(name, kind, _attend)
-    model.set_attn_implementation(name)
+    try:
+        model.set_attn_implementation(name)
+    except Exception:
+        report.take_out()
+        raise
     return report
 
 

@@ -126,7 +126,10 @@ class _LearnedStep(nn.Module):
     def __init__(self, weight: Tensor, bits: int) -> None:
         super().__init__()
         self.low, self.high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-        self.step = nn.Parameter(2 * weight.detach().abs().mean(1, keepdim=True) / math.sqrt(self.high))
+        size = weight.detach().abs().mean(1, keepdim=True)
+        # outputs whose weights are all 0 have no size of their own: that of the layer, or of a fresh one
+        usual = size.mean() if bool(size.any()) else size.new_tensor(1 / math.sqrt(weight.shape[1]))
+        self.step = nn.Parameter(2 * torch.where(size > 0, size, usual) / math.sqrt(self.high))
 
     def forward(self, weight: Tensor) -> Tensor:
         # the step's gradient is scaled so that it moves as fast, relative to its size, as the weights (section 2.2)
@@ -153,7 +156,7 @@ def low_bit_weights(model: nn.Module, target: surgery.Target = nn.Linear, bits: 
     Raises:
         NothingMatchedError: when nothing matched.
         TypeError: when something that matched is no linear layer.
-        ValueError: for other ``bits``.
+        ValueError: for other ``bits``, or weights that are rounded or masked already.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(6, 4))
@@ -172,6 +175,8 @@ def low_bit_weights(model: nn.Module, target: surgery.Target = nn.Linear, bits: 
     for module in found:
         if not isinstance(module, nn.Linear):
             raise TypeError(f"target must match linear layers only, got {type(module).__name__}")
+    if any(parametrize.is_parametrized(module, "weight") for module in chosen):
+        raise ValueError("model has parametrized weights already, rounded or masked; finish that first")
     for module in chosen:
         rounded: nn.Module = (
             _LearnedStep(module.weight.detach(), bits)

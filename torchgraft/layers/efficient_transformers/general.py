@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -37,7 +38,10 @@ class _Reversible(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x1: Tensor, x2: Tensor, blocks: Sequence[ReversibleBlock], *parameters: Tensor) -> Any:
-        ctx.blocks, ctx.states = blocks, []
+        ctx.blocks, ctx.states, device = blocks, [], x1.device.type
+        # the meta device, on which costs are counted, has no autocast
+        given = None if x1.is_meta else (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        ctx.autocast = given
         with torch.no_grad():
             for block in blocks:
                 first = torch.get_rng_state()
@@ -67,8 +71,9 @@ class _Reversible(torch.autograd.Function):
             return value.detach(), torch.zeros_like(at) if first is None else first
 
         for block, (before_f, before_g) in zip(reversed(ctx.blocks), reversed(ctx.states), strict=True):
-            # dropout draws what it drew in the forward pass
-            with torch.random.fork_rng(devices=[]):
+            # dropout draws what it drew in the forward pass, and autocast rounds as it rounded there
+            cast = nullcontext() if ctx.autocast is None else torch.autocast(*ctx.autocast)
+            with torch.random.fork_rng(devices=[]), cast:
                 torch.set_rng_state(before_g)
                 value, extra = pull(block.g, y1, g2)
                 x2, g1 = y2 - value, g1 + extra
@@ -136,11 +141,16 @@ def make_reversible(pairs: Iterable[tuple[nn.Module, nn.Module]]) -> nn.Module:
 def checkpointed(layers: Sequence[nn.Module], x: Tensor, segments: int | None = None) -> Tensor:
     """``layers`` in a row, keeping activations at sqrt(N) places (Chen et al. 2016); gradients are the same.
 
+    Raises:
+        ValueError: for no layers, or segments that they cannot be cut into.
+
     Example:
         >>> checkpointed([nn.Linear(2, 2) for _ in range(9)], torch.ones(1, 2, requires_grad=True)).shape
         torch.Size([1, 2])
     """
     count = max(1, round(math.sqrt(len(layers)))) if segments is None else segments
+    if not 1 <= count <= len(layers):
+        raise ValueError(f"segments must lie in 1..{len(layers)}, the number of layers, got {count}")
     return checkpoint_sequential(nn.Sequential(*layers), count, x, use_reentrant=False)
 
 
@@ -199,14 +209,15 @@ def share_layers(layers: nn.ModuleList, groups: int = 1) -> None:
     if any(getattr(m, "layer_idx", None) is not None and getattr(m, "is_causal", False) for m in layers.modules()):
         raise ValueError("these layers count themselves (layer_idx) for a key-value cache; share those of encoders")
     for i in range(len(layers)):
-        layers[i] = layers[i * groups // len(layers) * len(layers) // groups]
+        # the first layer of its group, which stands before i and is itself already
+        layers[i] = layers[-(-(i * groups // len(layers)) * len(layers) // groups)]
 
 
 def factorise_embedding(embedding: nn.Embedding, rank: int) -> nn.Sequential:
     """V x H as V x E and E x H (ALBERT), the best such product by singular values.
 
     Raises:
-        ValueError: for a rank that is not below both sizes.
+        ValueError: for a rank below 1 or above one of the sizes.
 
     Example:
         >>> factorise_embedding(nn.Embedding(100, 32), 8)(torch.tensor([[1, 2]])).shape
@@ -215,13 +226,15 @@ def factorise_embedding(embedding: nn.Embedding, rank: int) -> nn.Sequential:
     words, width = embedding.weight.shape
     if not 1 <= rank <= min(words, width):
         raise ValueError(f"rank must lie in 1..{min(words, width)}, got {rank}")
-    u, s, v = torch.linalg.svd(embedding.weight.detach().float(), full_matrices=False)
-    small = nn.Embedding(words, rank, padding_idx=embedding.padding_idx)
-    wide = nn.Linear(rank, width, bias=False)
+    weight = embedding.weight.detach()
+    # half precision has no decomposition
+    u, s, v = torch.linalg.svd(weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False)
+    small = nn.Embedding(words, rank, padding_idx=embedding.padding_idx, dtype=u.dtype, device=u.device)
+    wide = nn.Linear(rank, width, bias=False, dtype=u.dtype, device=u.device)
     with torch.no_grad():
         small.weight.copy_(u[:, :rank] * s[:rank].sqrt())
         wide.weight.copy_(v[:rank].T * s[:rank].sqrt())
-    return nn.Sequential(small, wide).to(embedding.weight)
+    return nn.Sequential(small, wide).to(weight.dtype)
 
 
 class LayerDrop(nn.Module):
@@ -270,8 +283,13 @@ def _share(sparsity: float) -> None:
 def prune_magnitude(model: nn.Module, sparsity: float, *, keep_masks: bool = False) -> None:
     """Set the smallest weights of all linear layers to 0, together ranked (``torch.nn.utils.prune``).
 
-    With ``keep_masks`` the masks stay, so that training goes on with them; without, weights are plain again. Zeros save
-    no time without sparse kernels.
+    With ``keep_masks`` the masks stay, so that training goes on with them and a later call removes more, up to
+    ``sparsity`` in all (``cubic_sparsity`` is a schedule for that); without, weights are plain again. Zeros save no
+    time without sparse kernels.
+
+    Raises:
+        NothingMatchedError: for a model without linear layers.
+        ValueError: for a sparsity out of range, or below that of masks that were kept.
 
     Example:
         >>> model = nn.Linear(10, 10)
@@ -281,7 +299,13 @@ def prune_magnitude(model: nn.Module, sparsity: float, *, keep_masks: bool = Fal
     """
     _share(sparsity)
     linears = _linears(model)
-    torch_prune.global_unstructured([(m, "weight") for m in linears], torch_prune.L1Unstructured, amount=sparsity)
+    # torch counts a share of what earlier masks left, and a number of weights beyond them
+    masks = [mask for m in linears if isinstance(mask := getattr(m, "weight_mask", None), Tensor)]
+    gone = sum(int((mask == 0).sum()) for mask in masks)
+    more = round(sparsity * sum(m.weight.numel() for m in linears)) - gone
+    if more < 0:
+        raise ValueError(f"masks that were kept remove {gone} weights already, more than sparsity={sparsity} asks for")
+    torch_prune.global_unstructured([(m, "weight") for m in linears], torch_prune.L1Unstructured, amount=more)
     if not keep_masks:
         for module in linears:
             torch_prune.remove(module, "weight")
@@ -349,7 +373,7 @@ class MovementPruner:
 
     Raises:
         NothingMatchedError: for a model without linear layers.
-        ValueError: for settings out of range.
+        ValueError: for settings out of range, or a model that another pruner masks already.
 
     Example:
         >>> model = nn.Linear(4, 4)
@@ -367,6 +391,10 @@ class MovementPruner:
         if not 0 <= warmup < steps:
             raise ValueError(f"warmup must lie in 0..steps - 1, got warmup={warmup}, steps={steps}")
         self.linears = _linears(model)
+        if any(parametrize.is_parametrized(m, "weight") for m in self.linears):
+            raise ValueError(
+                "model has parametrized weights already, of another pruner or of low_bit_weights; finish that"
+            )
         self.masks = [_Masked(m.weight) for m in self.linears]
         for module, mask in zip(self.linears, self.masks, strict=True):
             parametrize.register_parametrization(module, "weight", mask)
@@ -501,26 +529,33 @@ def distil(
 ) -> list[float]:
     """Train ``student`` on the soft targets of ``teacher``, once over ``loader``; the losses.
 
+    The teacher runs in eval mode and the student in train mode; afterwards both are in the mode that they came in.
+
     Args:
-        teacher: put into eval mode; from inputs to logits, or to an output with ``logits``.
+        teacher: from inputs to logits, or to an output with ``logits``.
         student: trained in place.
         loader: batches ``(inputs, labels)``.
         lr: of AdamW.
         temperature: as in ``distillation_loss``.
         soft_weight: as in ``distillation_loss``.
     """
-    teacher.eval()
-    student.train()
+    modes = [(m, m.training) for model in (teacher, student) for m in model.modules()]
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr)
     losses = []
-    for x, y in loader:
-        with torch.no_grad():
-            target = _logits(teacher(x))
-        loss = distillation_loss(_logits(student(x)), target, y, temperature=temperature, soft_weight=soft_weight)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    try:
+        teacher.eval()
+        student.train()
+        for x, y in loader:
+            with torch.no_grad():
+                target = _logits(teacher(x))
+            loss = distillation_loss(_logits(student(x)), target, y, temperature=temperature, soft_weight=soft_weight)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+    finally:
+        for module, mode in modes:
+            module.training = mode
     return losses
 
 
@@ -569,6 +604,8 @@ class SwitchFFN(nn.Module):
     def forward(self, x: Float[Tensor, "B N W"]) -> Float[Tensor, "B N W"]:
         """Each token through its expert, times the chance of that expert."""
         flat = x.flatten(0, 1)
+        if not len(flat):
+            raise ValueError(f"x must hold at least one token, got shape {tuple(x.shape)}")
         # routing in float32, as the paper's selective precision
         chances = self.router(flat).float().softmax(-1)
         best, chosen = chances.max(-1)
@@ -581,6 +618,10 @@ class SwitchFFN(nn.Module):
             y = y.index_add(0, at, (expert(flat[at]) * best[at, None]).to(y.dtype))
         self.dropped = 1 - kept / len(flat)
         return y.view_as(x)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # what hangs on a graph can neither be copied nor saved
+        return {**self.__dict__, "balance": None}
 
 
 class EarlyExit(nn.Module):
@@ -660,6 +701,7 @@ def replaced_token_loss(
     sampled: Int[Tensor, "B N"],
     masked: Bool[Tensor, "B N"],
     weight: float = 50.0,
+    padding: Bool[Tensor, "B N"] | None = None,
 ) -> Float[Tensor, ""]:
     """ELECTRA: cross-entropy of the generator at masked positions plus ``weight`` times detection at all.
 
@@ -670,9 +712,15 @@ def replaced_token_loss(
         sampled: what the discriminator saw; a token sampled right counts as original.
         masked: where the generator filled in.
         weight: of the detection.
+        padding: True where padded; these positions count for nothing.
+
+    Raises:
+        ValueError: when nothing is masked.
     """
+    real = torch.ones_like(masked) if padding is None else ~padding
+    masked = masked & real
     if not bool(masked.any()):
         raise ValueError("masked marks no position, so that the generator has nothing to learn from")
     guess = F.cross_entropy(generator[masked].float(), tokens[masked])
-    detect = F.binary_cross_entropy_with_logits(discriminator.float(), (sampled != tokens).float())
+    detect = F.binary_cross_entropy_with_logits(discriminator[real].float(), (sampled != tokens)[real].float())
     return guess + weight * detect

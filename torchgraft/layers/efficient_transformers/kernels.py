@@ -120,7 +120,7 @@ def _draw(count: int, like: Tensor, seed: int) -> Tensor:
 def _drawn(features: Tensor | None, count: int | None, like: Tensor, seed: int) -> Tensor:
     d = like.shape[-1]
     if features is None:
-        return _draw(count or max(1, round(d * math.log(d))), like, seed)
+        return _draw(max(1, round(d * math.log(d))) if count is None else count, like, seed)
     if features.ndim != 2 or features.shape[1] != d:
         raise ValueError(f"features must have shape (count, {d}), got {tuple(features.shape)}")
     return features.to(like)
@@ -136,7 +136,9 @@ def performer(
     ``features`` are the random directions (M, D), drawn from ``seed`` when not given, D log D of them by default. The
     scale of the scores is split over queries and keys, d^{-1/4} each. Causal attention subtracts a running maximum
     from the keys' exponents, so that no key can lower an earlier one; the published code subtracts one maximum of the
-    whole sequence, through which later keys can push earlier ones to zero.
+    whole sequence, through which later keys can push earlier ones to zero. ``eps`` is added to features whose largest
+    is 1 / sqrt(M); the published code adds it before it divides, to features that it scales by other maxima, so the
+    two agree at ``eps=0`` alone.
     """
     fq, fk, level = performer_features(
         q, k, causal=causal, keep=keep, scale=scale, features=_drawn(features, count, q, seed), kernel=kernel, eps=eps

@@ -25,7 +25,9 @@ def linformer(
     """softmax(Q (E K)^T / sqrt d) (F V), with ``e`` and ``f`` of shape (rank, longest) or (H, rank, longest)."""
     for name, weight in (("e", e), ("f", f)):
         if weight.ndim not in (2, 3) or (weight.ndim == 3 and weight.shape[0] != k.shape[1]):
-            raise ValueError(f"{name} must have shape (rank, longest) or (heads, rank, longest), got {weight.shape}")
+            raise ValueError(
+                f"{name} must have shape (rank, longest) or (heads, rank, longest), got {tuple(weight.shape)}"
+            )
         if weight.shape[-1] < k.shape[2]:
             raise ValueError(
                 f"linformer's projections were made for at most {weight.shape[-1]} positions, got {k.shape[2]}; make "
@@ -93,8 +95,12 @@ def induced(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool, keep: Tensor | None, scale: float, latents: Tensor
 ) -> Tensor:
     """``latents`` (M, D) or (H, M, D) gather keys and values by attention; queries attend to what they gathered."""
-    if latents.ndim not in (2, 3) or latents.shape[-1] != q.shape[-1]:
-        raise ValueError(f"latents must have shape (count, {q.shape[-1]}), got {tuple(latents.shape)}")
+    h, d = q.shape[1], q.shape[-1]
+    fits = latents.ndim == 2 or (latents.ndim == 3 and len(latents) == h)
+    if not fits or latents.shape[-1] != d or latents.shape[-2] < 1:
+        raise ValueError(
+            f"latents must have shape (count, {d}) or ({h}, count, {d}), count at least 1, got {tuple(latents.shape)}"
+        )
     asked = latents.to(q.dtype).expand(len(q), q.shape[1], -1, -1)
     mask = _padding(keep)
     keys, values = (_sdpa(asked, k, x, attn_mask=mask, scale=scale) for x in (k, v))

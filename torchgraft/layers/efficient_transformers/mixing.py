@@ -198,8 +198,18 @@ def aft(
     if bias is not None and bias_factors is not None:
         raise ValueError("aft takes bias or bias_factors, not both")
     given = [t for t in (bias, *(bias_factors or ())) if t is not None]
-    if any(t.shape[1] < n for t in given):
-        raise ValueError(f"aft's position biases reach to {given[0].shape[1]} positions, got {n}")
+    for t in given:
+        if t.ndim != 3 or len(t) != k.shape[1] or (bias is not None and t.shape[1] != t.shape[2]):
+            raise ValueError(
+                f"aft's position biases must have shape ({k.shape[1]}, L, L), or two factors ({k.shape[1]}, L, rank), "
+                f"got {tuple(t.shape)}"
+            )
+        if t.shape[1] < n:
+            raise ValueError(f"aft's position biases reach to {t.shape[1]} positions, got {n}")
+    if window is not None:
+        _positive(window=window)
+        if not given:
+            raise ValueError("window limits position biases, and aft was given none")
     low = torch.finfo(k.dtype).min
     if not given:
         y = _aft_simple(_hidden(k, keep, low), _hidden(v, keep), causal)
@@ -243,13 +253,18 @@ def adaptive_span(
 ) -> Tensor:  # fmt: skip
     """Adaptive span: softmax weights times a soft ramp m_z(|i - j|), normalised; z (H,) is learned.
 
-    ``longest`` bounds z, N by default: positions further than ``longest + ramp`` are not computed.
+    ``longest`` bounds z, N by default: positions further than ``longest + ramp`` are not computed. A larger z is an
+    error (not under ``torch.compile``, which cannot look at its values).
     """
     if z.shape != (q.shape[1],):
         raise ValueError(f"z must have shape ({q.shape[1]},), one span a head, got {tuple(z.shape)}")
     if not ramp > 0:
         raise ValueError(f"ramp must be positive, got {ramp}")
     n = q.shape[2]
+    if longest is not None and longest < 0:
+        raise ValueError(f"longest must not be negative, got {longest}")
+    if longest is not None and not torch.compiler.is_compiling() and bool((z > longest).any()):
+        raise ValueError(f"z must not exceed longest={longest}, beyond which nothing is computed, got {float(z.max())}")
     reach = min(n, math.ceil((n if longest is None else longest) + ramp))
     z = z.to(q.dtype)
     return pattern_attention(

@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from torchgraft.layers.efficient_transformers import clustering, mixing
 from torchgraft.layers.efficient_transformers.attention import KINDS, efficient_attention
 from torchgraft.layers.efficient_transformers.kernels import gaussian_features
+from torchgraft.layers.efficient_transformers.patterns import _positive
+from torchgraft.ops._checks import check_floats
 
 __all__ = ["LAYER_KINDS", "CompressiveMemory", "EfficientAttention"]
 
@@ -90,6 +92,7 @@ class _Linformer(Core):
     def __init__(self, kind: str, shape: Shape, *, rank: int = 128, sharing: str = "headwise") -> None:
         super().__init__(kind, shape)
         longest = shape.longest(kind)
+        _positive(rank=rank)
         if sharing not in ("none", "headwise", "kv"):
             raise ValueError(f"sharing must be 'none', 'headwise' or 'kv', got {sharing!r}; layerwise: assign one core")
         size = (shape.heads, rank, longest) if sharing == "none" else (rank, longest)
@@ -104,6 +107,8 @@ class _Linformer(Core):
 class _Nystrom(Core):
     def __init__(self, kind: str, shape: Shape, *, conv_width: int = 33, **options: Any) -> None:
         super().__init__(kind, shape, **options)
+        if conv_width < 0 or (conv_width and conv_width % 2 == 0):
+            raise ValueError(f"conv_width must be odd, or 0 for no convolution, got {conv_width}")
         self.conv = nn.Parameter(torch.empty(shape.heads, conv_width).uniform_(-1, 1) / math.sqrt(conv_width or 1))
 
     def learned(self, q: Tensor, k: Tensor, x: Tensor, padding: Tensor | None) -> dict[str, Any]:
@@ -138,7 +143,9 @@ class _Features(Core):
     ) -> None:  # fmt: skip
         super().__init__(kind, shape, **options)
         d = shape.head_dim
-        self.count, self.orthogonal = count or max(1, round(d * math.log(d))), orthogonal
+        self.count = max(1, round(d * math.log(d))) if count is None else count
+        self.orthogonal = orthogonal
+        _positive(count=self.count, redraw_every=1 if redraw_every is None else redraw_every)
         self.redraw_every, self.calls = redraw_every, 0
         self.register_buffer("features", gaussian_features(self.count, d, orthogonal=orthogonal, seed=seed))
         if gated and kind != "rfa":
@@ -171,6 +178,8 @@ class _Routing(Core):
         super().__init__(kind, shape, **options)
         if clusters is None and shape.max_length is None:
             raise ValueError("routing needs clusters=, or max_length= to take its square root")
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must lie in 0..1, 1 excluded, got {decay}")
         self.decay = decay
         made = clustering.default_centroids(
             shape.heads, shape.max_length or 1, shape.head_dim, torch.zeros(()), clusters, seed
@@ -211,6 +220,7 @@ class _Sinkhorn(Core):
 class _Induced(Core):
     def __init__(self, kind: str, shape: Shape, *, count: int = 32) -> None:
         super().__init__(kind, shape)
+        _positive(count=count)
         self.latents = nn.Parameter(torch.randn(shape.heads, count, shape.head_dim))
 
     def learned(self, q: Tensor, k: Tensor, x: Tensor, padding: Tensor | None) -> dict[str, Any]:
@@ -225,11 +235,14 @@ class _Span(Core):
     ) -> None:
         super().__init__(kind, shape, **options)
         self.longest = longest if longest is not None else shape.longest(kind)
+        if not 0 <= start <= self.longest:
+            raise ValueError(f"start must lie in 0..longest, got start={start}, longest={self.longest}")
         self.options["longest"] = self.longest
         self.z = nn.Parameter(torch.full((shape.heads,), float(start)))
 
     def learned(self, q: Tensor, k: Tensor, x: Tensor, padding: Tensor | None) -> dict[str, Any]:
-        return {"z": self.z.clamp(0, self.longest)}
+        # the gradient passes the ends, or a span that a step took below 0 would stay there for good
+        return {"z": self.z.detach().clamp(0, self.longest) + (self.z - self.z.detach())}
 
     def penalty(self, weight: float = 2e-6) -> Tensor:
         """To add to the loss: ``weight`` times the mean span of the heads."""
@@ -241,6 +254,7 @@ class _RelativeKeys(Core):
 
     def __init__(self, kind: str, shape: Shape, *, distances: int = 12, **options: Any) -> None:
         super().__init__(kind, shape, **options)
+        _positive(distances=distances)
         self.relative_keys = nn.Parameter(torch.zeros(2 * distances + 1, shape.head_dim))
 
     def learned(self, q: Tensor, k: Tensor, x: Tensor, padding: Tensor | None) -> dict[str, Any]:
@@ -254,6 +268,8 @@ class _AFT(Core):
         super().__init__(kind, shape, **options)
         if isinstance(rank, str) and rank != "full":
             raise ValueError(f"rank must be a whole number or 'full', got {rank!r}")
+        if not isinstance(rank, str) and rank < 0:
+            raise ValueError(f"rank must not be negative, got {rank}")
         self.rank = rank
         if rank:
             longest = shape.longest(kind)
@@ -290,6 +306,7 @@ class _Synthesizer(Core):
     def __init__(self, kind: str, shape: Shape, *, variant: str = "dense", rank: int = 8) -> None:
         super().__init__(kind, shape)
         longest, h, d = shape.longest(kind), shape.heads, shape.head_dim
+        _positive(rank=rank)
         self.variant, self.options = variant, {"variant": variant}
         if variant == "dense":
             self.hidden = nn.Linear(shape.width, h * d)
@@ -329,6 +346,7 @@ class _Convolution(Core):
 
     def __init__(self, kind: str, shape: Shape, *, kernel_size: int = 7) -> None:
         super().__init__(kind, shape)
+        _positive(kernel_size=kernel_size)
         self.options = {"kernel_size": kernel_size}
         if kind == "lightconv":
             self.weight = nn.Parameter(torch.randn(shape.heads, kernel_size))
@@ -349,7 +367,9 @@ class _Mixer(Core):
     def __init__(self, kind: str, shape: Shape, *, hidden: int | None = None) -> None:
         super().__init__(kind, shape)
         longest = shape.longest(kind)
-        self.first, self.second = nn.Linear(longest, hidden or longest // 2), nn.Linear(hidden or longest // 2, longest)
+        hidden = max(1, longest // 2) if hidden is None else hidden
+        _positive(hidden=hidden)
+        self.first, self.second = nn.Linear(longest, hidden), nn.Linear(hidden, longest)
 
     def forward(self, q, k, v, x, *, causal=False, key_padding_mask=None, scale=None):  # type: ignore[no-untyped-def]
         n = v.shape[2]
@@ -432,7 +452,7 @@ class EfficientAttention(nn.Module):
         check_layer(kind, causal)
         if kind == "transformer_xl" and not causal:
             raise ValueError("transformer_xl is causal; pass causal=True")
-        self.kind, self.causal, self.num_heads = kind, causal, num_heads
+        self.kind, self.causal, self.num_heads, self.embed_dim = kind, causal, num_heads, embed_dim
         if kind == "fnet":
             if options:
                 raise ValueError(f"fnet has no option {next(iter(options))!r}; it has no parameters at all")
@@ -454,13 +474,17 @@ class EfficientAttention(nn.Module):
 
         ``memory`` (``transformer_xl`` alone) holds earlier inputs of the layer; its gradient is stopped and it is not
         padded. ``key_padding_mask`` is True where padded.
+
+        Raises:
+            ValueError: for shapes that do not fit, an empty sequence, or a memory or context that the kind has no use
+                for.
+            TypeError: for inputs that are not floating-point, or a mask that is not boolean.
         """
-        if x.shape[1] == 0:
-            raise ValueError(f"x must not be empty, got shape {tuple(x.shape)}")
         if memory is not None and self.kind != "transformer_xl":
             raise ValueError(f"memory is for transformer_xl, not for {self.kind}")
         if context is not None and not (self.kind == "softmax" or (self.kind in KINDS and KINDS[self.kind].cross)):
             raise ValueError(f"{self.kind} is self-attention alone and takes no context")
+        self._check(key_padding_mask, x=x, context=context, memory=memory)
         if self.kind == "fnet":
             return mixing.fourier_mixing(x, key_padding_mask)
         source = x if context is None else context
@@ -477,13 +501,29 @@ class EfficientAttention(nn.Module):
         y = self.core(q, k, heads(self.value, source), x, causal=self.causal, key_padding_mask=key_padding_mask)
         return self.out(y.transpose(1, 2).flatten(2))
 
+    def _check(self, mask: Tensor | None, *, x: Tensor, context: Tensor | None, memory: Tensor | None) -> None:
+        check_floats(x=x, context=context, memory=memory)
+        for name, t in (("x", x), ("context", context), ("memory", memory)):
+            if t is not None and (t.ndim != 3 or t.shape[0] != x.shape[0] or t.shape[2] != self.embed_dim):
+                raise ValueError(
+                    f"{name} must have shape (batch, length, {self.embed_dim}) of one batch, got {tuple(t.shape)}"
+                )
+            if t is not None and t.shape[1] == 0 and name != "memory":
+                raise ValueError(f"{name} must not be empty, got shape {tuple(t.shape)}")
+        keys = x if context is None else context
+        if mask is not None and mask.dtype != torch.bool:
+            raise TypeError(f"key_padding_mask must be a boolean tensor, True where padded, got {mask.dtype}")
+        if mask is not None and mask.shape != keys.shape[:2]:
+            raise ValueError(f"key_padding_mask must have shape {tuple(keys.shape[:2])}, got {tuple(mask.shape)}")
+
 
 class CompressiveMemory(nn.Module):
     """Transformer-XL's memory, and the Compressive Transformer's: what falls out of it goes on, compressed.
 
     A call takes the memory and the segment that was just read and returns the next memory, oldest first. The published
-    model trains the compression with a loss of its own, which this one does not have: its weights learn from the
-    attention that reads them, or stay means.
+    model trains the compression with a loss of its own, which this one does not have: it compresses by means, unless
+    you train its weights. ``EfficientAttention`` stops the gradient of the memory that it reads, so nothing reaches
+    them from there, as in the paper.
 
     Args:
         width: of the hidden states.

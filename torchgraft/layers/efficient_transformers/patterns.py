@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -85,7 +86,8 @@ def _member(positions: Tensor, n: int) -> Callable[[Tensor], Tensor]:
 
 def _positive(**sizes: int) -> None:
     for name, size in sizes.items():
-        if int(size) != size or size < 1:
+        # 2.0 would fail later, as the size of a tensor
+        if not isinstance(size, Integral) or size < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}")
 
 
@@ -213,6 +215,8 @@ def bigbird(
     random key blocks of each query block, (blocks, random), in place of a draw from ``seed``.
     """
     _positive(block=block)
+    if random < 0 or global_blocks < 0:
+        raise ValueError(f"random and global_blocks must not be negative, got {random} and {global_blocks}")
     blocks = -(-n // block)
     first = min(-(-global_blocks // 2), blocks)
     whole = sorted({*range(first), *range(max(blocks - global_blocks // 2, 0), blocks)})

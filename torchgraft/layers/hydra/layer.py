@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -69,6 +69,14 @@ def check_sizes(d_model: int, expand: int, headdim: int, d_conv: int) -> None:
         )
     if d_conv < 1 or d_conv % 2 == 0:
         raise ValueError(f"d_conv must be odd, so that the convolution is centred and keeps the length, got {d_conv}")
+
+
+def check_backend(backend: str, chunk_size: int) -> None:
+    """Raise ``ValueError`` for what the scan does not know."""
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be 'auto', 'torch' or 'mamba_ssm', got {backend!r}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
 
 
 def check_input(x: Tensor, d_model: int) -> None:
@@ -165,8 +173,14 @@ class HydraMixer(Shell):
             raise ValueError(
                 f"n_groups must divide the {heads} heads and d_state be at least 1, got {n_groups} and {d_state}"
             )
-        if backend not in ("auto", "torch", "mamba_ssm"):
-            raise ValueError(f"backend must be 'auto', 'torch' or 'mamba_ssm', got {backend!r}")
+        check_backend(backend, chunk_size)
+        if not 0 < dt_min <= dt_max or not dt_init_floor > 0:
+            raise ValueError(
+                f"initial step sizes need 0 < dt_min <= dt_max and dt_init_floor > 0, got dt_min={dt_min}, "
+                f"dt_max={dt_max}, dt_init_floor={dt_init_floor}"
+            )
+        if not 0 <= dt_limit[0] <= dt_limit[1]:
+            raise ValueError(f"dt_limit must be (least, greatest), not negative, got {dt_limit}")
         super().__init__(
             d_model, 4 * n_groups * d_state, 2 * heads, d_conv=d_conv, expand=expand, headdim=headdim,
             conv_init=conv_init, bias=bias, conv_bias=conv_bias,
@@ -236,6 +250,8 @@ class HydraMixer(Shell):
                 f"seq_idx must hold integers of shape (batch, length) = {tuple(x.shape[:2])}, got {seq_idx.dtype} of "
                 f"shape {tuple(seq_idx.shape)}"
             )
+        if not len(x):
+            return self(x)
         begins = torch.ones_like(seq_idx, dtype=torch.bool)
         begins[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
         begins, flat = begins.flatten(), x.flatten(0, 1)

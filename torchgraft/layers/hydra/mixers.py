@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchgraft.layers.hydra.layer import Shell, as_mask, check_input, check_sizes, initial_dt_bias
+from torchgraft.layers.hydra.layer import Shell, as_mask, check_backend, check_input, check_sizes, initial_dt_bias
 from torchgraft.ops.quasiseparable import Backend, quasiseparable, quasiseparable_matrix
 
 __all__ = [
@@ -49,7 +49,9 @@ def cauchy_matrix(
     q: Float[Tensor, "... L N"], k: Float[Tensor, "... L N"], bias: Tensor | float = 0.0
 ) -> Float[Tensor, "... L L"]:
     """``M_ij = sum_n 1 / (exp q_in + exp k_jn + 2 bias + 1e-8)``."""
-    left, right = q.exp() + bias, k.exp() + bias
+    # beyond the largest float the reciprocal is 0, but its gradient 0 times infinity
+    most = math.log(torch.finfo(q.dtype).max) - 1
+    left, right = q.clamp(max=most).exp() + bias, k.clamp(max=most).exp() + bias
     return (left[..., :, None, :] + right[..., None, :, :] + 1e-8).reciprocal().sum(-1)
 
 
@@ -377,6 +379,11 @@ class MatrixMixer(Shell):
                 f"max_seq_len must be at least 1 for a {kind} matrix that does not depend on the data, "
                 f"got {max_seq_len}"
             )
+        if max_seq_len is not None and max_seq_len < 1:
+            raise ValueError(f"max_seq_len must be at least 1, or None, got {max_seq_len}")
+        if official_indexing and kind != "toeplitz":
+            raise ValueError(f"official_indexing is of toeplitz matrices, not of {kind}")
+        check_backend(backend, chunk_size)
         if qk_dim < 1:
             raise ValueError(f"qk_dim must be at least 1, got {qk_dim}")
         heads = expand * d_model // headdim

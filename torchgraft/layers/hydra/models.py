@@ -466,6 +466,10 @@ def load_published(checkpoint: str | Path | Mapping[str, Any], **settings: Any) 
         raise ValueError(
             f"checkpoint is not that of a Hydra: it has no {first}fc_D.weight; it has {', '.join(list(state)[:3])}, …"
         )
+    embeddings = ("bert.embeddings.word_embeddings.weight", "bert.embeddings.token_type_embeddings.weight")
+    needed = [name for name in (*embeddings, f"{first}conv1d.weight") if name not in state]
+    if needed:
+        raise ValueError(f"checkpoint does not fit: missing {needed}")
     words = state["bert.embeddings.word_embeddings.weight"]
     heads, inner = state[f"{first}fc_D.weight"].shape
     convolved, _, taps = state[f"{first}conv1d.weight"].shape

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from torchgraft.layers.state_space.linear import full
 from torchgraft.layers.state_space.mixer import SequenceMixer, State, causal_conv, with_past, zero_padding
+from torchgraft.ops._precision import autocast_off
 from torchgraft.ops.long_convolution import long_convolution
 
 __all__ = ["TNN", "Hyena", "LongConv", "SGConv"]
@@ -24,7 +25,7 @@ __all__ = ["TNN", "Hyena", "LongConv", "SGConv"]
 
 def _convolved(whole: Tensor, kernel: Tensor, length: int, skip: Tensor | None = None) -> Tensor:
     """The last ``length`` outputs of a causal convolution of (B, T, H) with (H, taps)."""
-    with torch.autocast(whole.device.type, enabled=False):
+    with autocast_off(whole):
         if length == 1:
             taps = min(kernel.shape[1], whole.shape[1])
             recent = full(whole[:, whole.shape[1] - taps :].flip(1))
@@ -210,7 +211,7 @@ class _Taps(SequenceMixer):
         else:
             forwards, backwards = taps.chunk(2)
             centred = torch.cat([backwards.flip(-1)[..., 1:], forwards], -1)
-            with torch.autocast(x.device.type, enabled=False):
+            with autocast_off(x):
                 found = [long_convolution(x, k, d, bidirectional=True) for k, d in zip(centred, D, strict=True)]
         return torch.cat(found, -1), {"past": held} if held is not None else None
 
@@ -408,6 +409,6 @@ class TNN(SequenceMixer):
             y = _convolved(whole, self._taps(torch.arange(total, device=x.device)), length)
         else:
             taps = self._taps(torch.arange(1 - total, total, device=x.device))
-            with torch.autocast(x.device.type, enabled=False):
+            with autocast_off(x):
                 y = long_convolution(whole, taps, bidirectional=True)
         return self.o((u * y).to(x.dtype)), None if held is None else {"past": held}

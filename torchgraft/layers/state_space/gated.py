@@ -21,6 +21,7 @@ from torchgraft.layers.state_space.mixer import (
     right_aligned,
     zero_padding,
 )
+from torchgraft.ops._precision import autocast_off
 from torchgraft.ops.kernels import vandermonde, vandermonde_transpose
 from torchgraft.ops.long_convolution import long_convolution
 
@@ -118,7 +119,7 @@ class H3(SequenceMixer):
         q, k, v = self.q_proj(x), zero_padding(self.k_proj(x), lengths), self.v_proj(x)
         past = k.new_zeros(batch, self.taps - 1, self.d_model) if state is None else state["keys"].to(k.dtype)
         whole = torch.cat([past, k], 1)
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_off(x):
             k = long_convolution(whole, self.shift)[:, self.taps - 1 :] + k * self.ssm_k_D
         # (B, L, heads, dk, dv) to (B dk dv, L, heads)
         kv = k.unflatten(-1, (self.heads, -1))[..., None] * v.unflatten(-1, (self.heads, -1))[..., None, :]
@@ -192,7 +193,7 @@ class LiquidS4(SequenceMixer):
             product = product * whole[:, back - p : back - p + length]
             products.append(zero_padding(product, lengths))
         before = None if state is None else state["ssm"]
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_off(x):
             y, new = apply_kernel(self.kernel, x, before, lengths, return_state, self.D)
             log_a, b, c = self.kernel.coefficients()
             for p, u in enumerate(products[1:], start=2):

@@ -22,6 +22,7 @@ from torchgraft.layers.state_space.mixer import (
     right_aligned,
     wide,
 )
+from torchgraft.ops._precision import autocast_off
 from torchgraft.ops.hippo import Measure, normal_plus_low_rank
 from torchgraft.ops.kernels import (
     Discretization,
@@ -331,7 +332,7 @@ def apply_kernel(
     skip: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Outputs (B, L, H) of a kernel over (B, L, H), and its state behind them."""
-    with torch.autocast(u.device.type, enabled=False):
+    with autocast_off(u):
         taps = kernel(u.shape[1])
         if len(taps) == 2:
             # the first tap of the future is the next place

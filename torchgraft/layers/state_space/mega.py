@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from torchgraft.layers.state_space.linear import _Diagonal, apply_kernel, full
 from torchgraft.layers.state_space.mixer import SequenceMixer, State, inside, last_places, wide, zero_padding
+from torchgraft.ops._precision import autocast_off
 from torchgraft.ops.kernels import vandermonde
 from torchgraft.ops.long_convolution import long_convolution
 
@@ -82,7 +83,7 @@ class EMA(SequenceMixer):
                 self.average, x, None if state is None else state["ema"], lengths, return_state, self.omega
             )
             return F.silu(y), None if new is None else {"ema": new}
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_off(x):
             log_a, b, c = self.average.coefficients()
             forwards, backwards = vandermonde(c[0] * b, log_a, x.shape[1]).chunk(2)
             length = x.shape[1]

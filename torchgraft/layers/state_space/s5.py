@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from torchgraft.layers.state_space.linear import as_complex, full
 from torchgraft.layers.state_space.mixer import SequenceMixer, State, complex_of, even, inside, log_uniform
+from torchgraft.ops._precision import autocast_off
 from torchgraft.ops.hippo import normal_plus_low_rank
 from torchgraft.ops.kernels import Discretization, discretize_diagonal, vandermonde
 from torchgraft.ops.linear_recurrence import linear_recurrence
@@ -48,7 +49,7 @@ class _SharedState(SequenceMixer):
     def _mix(
         self, x: Tensor, state: State | None, lengths: Tensor | None, return_state: bool
     ) -> tuple[Tensor, State | None]:
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_off(x):
             log_a, B, C, D = self._system()
             u = full(x)
             inputs = torch.complex(u @ B.real.mT, u @ B.imag.mT)

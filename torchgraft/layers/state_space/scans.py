@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchgraft.layers.state_space.linear import DiagonalKernel, Init, full
 from torchgraft.layers.state_space.mixer import SequenceMixer, State
+from torchgraft.ops._precision import autocast_off
 from torchgraft.ops.long_convolution import long_convolution
 
 __all__ = ["S4ND", "Bidirectional", "ReverseComplement", "Scan2d"]
@@ -166,7 +167,7 @@ class S4ND(nn.Module):
         if x.ndim != len(self.kernels) + 2:
             raise ValueError(f"x must have {len(self.kernels)} axes between batch and features, got {tuple(x.shape)}")
         y = full(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_off(x):
             for axis, taps in enumerate(self.kernel(tuple(x.shape[1:-1])), start=1):
                 moved = y.movedim(axis, -2)
                 rows = long_convolution(moved.flatten(0, -3), taps, bidirectional=True)
