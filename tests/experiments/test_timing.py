@@ -34,6 +34,11 @@ def test_a_slow_case_says_how_often():
     assert compare(case, repeats=5, seconds=0.0, memory=False)["repeats"] == 2
 
 
+def test_a_case_may_forbid_the_profile():
+    case = Case({"n": 1}, ours=lambda: None, peer=lambda: None, memory=False)
+    assert compare(case, repeats=2, seconds=0.0)["peak_bytes_peer"] is None
+
+
 def test_case_needs_work_or_a_way_to_make_it():
     with pytest.raises(ValueError, match="either"):
         Case({"n": 1})

@@ -22,6 +22,7 @@ class Case:
         make: not needed when the work is ready to run; otherwise called before timing and returns
             ``(ours, peer)``, so that the tensors of a large case exist only while it is measured.
         repeats: fewest repetitions of each side, where a peer needs minutes and the usual number would take an hour.
+        memory: measure the peak memory too; the profile of a peer that loops over thousands of steps fills the machine.
     """
 
     size: Mapping[str, Any]
@@ -30,6 +31,7 @@ class Case:
     peer_name: str = ""
     make: Callable[[], tuple[Callable[[], Any], Callable[[], Any]]] | None = None
     repeats: int | None = None
+    memory: bool = True
 
     def __post_init__(self) -> None:
         ready = self.ours is not None and self.peer is not None
@@ -99,7 +101,7 @@ def compare(
         device: where it runs; CUDA is synchronised around every repetition.
         repeats: fewest repetitions of each side, if the case does not say; more follow until ``seconds`` are spent.
         seconds: about how long to go on, both sides together.
-        memory: measure the peak memory too, in a separate untimed repetition.
+        memory: measure the peak memory too, in a separate untimed repetition, unless the case forbids it.
 
     Returns:
         ``size``, ``peer``, ``ours_s`` and ``peer_s`` (medians), ``ratio`` (median of the pairwise ratios
@@ -131,7 +133,7 @@ def compare(
         first, second = ((ours, mine), (peer, theirs)) if len(mine.seconds) % 2 == 0 else ((peer, theirs), (ours, mine))
         first[1].seconds.append(once(first[0]))
         second[1].seconds.append(once(second[0]))
-    if memory:
+    if memory and case.memory:
         mine.peak_bytes, theirs.peak_bytes = peak_bytes(ours, device), peak_bytes(peer, device)
     ratios = [a / b for a, b in zip(mine.seconds, theirs.seconds, strict=True)]
     return {
