@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 
 from torchgraft import surgery
+from torchgraft.experiments.timing import peak_bytes
 from torchgraft.layers.efficient_transformers import (
     AdaptiveDepth,
     EvolvedBlock,
@@ -145,6 +146,12 @@ def test_sha_rnn_goes_on_from_its_state_and_sees_no_future():
     torch.testing.assert_close(whole, h + wide[..., :6] + wide[..., 6:12] + wide[..., 12:], rtol=0, atol=1e-12)
     with pytest.raises(ValueError, match="memory"):
         block(x[:1], state)
+
+
+def test_sha_rnn_needs_no_n_by_n_mask_for_a_whole_sequence(without_shape_checks):
+    block, n = SHARNNBlock(4, boom=1).eval(), 3000
+    with torch.no_grad():
+        assert peak_bytes(lambda: block(torch.zeros(1, n, 4))) < n * n
 
 
 def heads_of(model):

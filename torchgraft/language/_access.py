@@ -236,6 +236,16 @@ def _linear(module: nn.Module) -> tuple[Tensor, Tensor]:
     return weight, bias if isinstance(bias, Tensor) else weight.new_zeros(len(weight))
 
 
+def norm_gain(norm: nn.Module | None, width: int) -> Tensor:
+    """What a norm multiplies by; Gemma's store it less one, and a norm without weights, or none, has ones."""
+    weight = getattr(norm, "weight", None)
+    if weight is None:
+        return torch.ones(width)
+    # the sum in half precision would lose most of what is stored
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return weight + 1 if "Gemma" in type(norm).__name__ else weight
+
+
 def tokenized(tokenizer: Any, texts: Sequence[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """``input_ids`` and ``attention_mask`` (B, T), padded on the right, also where the tokenizer has no padding token.
 

@@ -705,11 +705,18 @@ class MP3ForPreTraining(nn.Module):
         return loss, (logits.detach()[used].argmax(-1) == places[used]).float().mean()
 
 
+_CONTENT = {
+    "pixel_values": ("(B, C, H, W)", (4,)),
+    "input_values": ("(B, time, mel) or (B, samples)", (2, 3)),
+    "input_ids": ("(B, N)", (2,)),
+    "inputs_embeds": ("(B, N, D)", (3,)),
+}
+
+
 def _check_content(name: str, x: Tensor) -> None:
-    shapes = {"pixel_values": "(B, C, H, W)", "input_values": "(B, time, mel) or (B, samples)", "input_ids": "(B, N)",
-              "inputs_embeds": "(B, N, D)"}  # fmt: skip
-    if x.ndim not in {"pixel_values": (4,), "input_values": (2, 3), "input_ids": (2,), "inputs_embeds": (3,)}[name]:
-        raise ValueError(f"{name} must have shape {shapes[name]}, got {tuple(x.shape)}")
+    shape, ranks = _CONTENT[name]
+    if x.ndim not in ranks:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
     if x.numel() == 0:
         raise ValueError(f"{name} holds nothing, its shape is {tuple(x.shape)}")
     if name == "input_ids":

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchgraft.language._access import Access, captured, eager_attention, unwrapped
+from torchgraft.language._access import Access, captured, eager_attention, norm_gain, unwrapped
 from torchgraft.language.embedding_walk.nulls import Statistic, generator
 from torchgraft.surgery import evaluating
 
@@ -53,14 +53,9 @@ def frozen_norm(norm: nn.Module, hidden: Float[Tensor, "... D"]) -> FrozenNorm:
     Raises:
         TypeError: for a norm that is neither.
     """
-    weight: Any = getattr(norm, "weight", None)
-    if weight is None:
-        weight = torch.ones(hidden.shape[-1], device=hidden.device)
     bias: Any = getattr(norm, "bias", None)
-    gain = weight.detach().to(hidden.dtype)
+    gain = norm_gain(norm, hidden.shape[-1]).detach().to(hidden)
     centred = isinstance(norm, nn.LayerNorm)
-    if "Gemma" in type(norm).__name__:
-        gain = 1 + gain
     eps = next((getattr(norm, name) for name in ("eps", "variance_epsilon") if hasattr(norm, name)), None)
     if eps is None:
         raise TypeError(f"the norm must be a LayerNorm or an RMSNorm, got {type(norm).__name__}")

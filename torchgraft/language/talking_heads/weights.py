@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from torchgraft.language._access import Access
+from torchgraft.language._access import Access, norm_gain
 
 # letters of shapes: L layers, H heads, D model width, d head width
 
@@ -49,17 +49,6 @@ class HeadMatrices:
             raise ValueError(f"head must be (0..{layers - 1}, 0..{heads - 1}), got ({layer}, {head})")
 
 
-def _gain(norm: nn.Module | None, width: int) -> Tensor:
-    """What a norm multiplies by; Gemma stores it less one."""
-    if norm is None:
-        return torch.ones(width)
-    weight = getattr(norm, "weight", None)
-    if weight is None:
-        return torch.ones(width)
-    assert isinstance(weight, Tensor)
-    return weight + 1 if type(norm).__name__.startswith("Gemma") else weight
-
-
 def head_matrices(model: nn.Module, *, fold: bool = True) -> HeadMatrices:
     """Projections of all heads, in float32 or the model's own dtype where that is finer.
 
@@ -88,14 +77,14 @@ def head_matrices(model: nn.Module, *, fold: bool = True) -> HeadMatrices:
         parts = {name: w.detach().to(torch.promote_types(w.dtype, torch.float32)) for name, w in parts.items()}
         if fold:
             norm = access.attention_norm(index)
-            gain = _gain(norm, access.hidden_size).detach().to(parts["q"])
+            gain = norm_gain(norm, access.hidden_size).detach().to(parts["q"])
             for name in ("q", "k", "v"):
                 parts[name] = gain[:, None] * parts[name]
             for name in ("q", "k") if access.family.normed else ():
                 own = getattr(access.attention(index), f"{name}_norm")
-                parts[name] = parts[name] * _gain(own, access.head_dim).detach().to(parts[name])
+                parts[name] = parts[name] * norm_gain(own, access.head_dim).detach().to(parts[name])
             if access.family.added[0] == "post_attention_layernorm":
-                parts["o"] = parts["o"] * _gain(access.site(index, "attention"), access.hidden_size).to(parts["o"])
+                parts["o"] = parts["o"] * norm_gain(access.site(index, "attention"), access.hidden_size).to(parts["o"])
             if isinstance(norm, nn.LayerNorm):
                 parts["o"] = parts["o"] - parts["o"].mean(-1, keepdim=True)
         for name, weight in parts.items():

@@ -10,15 +10,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchgraft.layers.efficient_transformers.patterns import _positive
 from torchgraft.ops._checks import check_floats
 
 __all__ = ["AdaptiveDepth", "EvolvedBlock", "SHARNNBlock"]
-
-
-def _positive(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
 
 
 def _heads_divide(width: int, heads: int) -> None:
@@ -230,10 +225,11 @@ class SHARNNBlock(nn.Module):
         gates = self.gates.sigmoid()
         q, k, v = gates[0] * self.query(self.query_norm(x)), gates[1] * memory, gates[2] * memory
         before = memory.shape[1] - x.shape[1]
-        seen = torch.ones(x.shape[1], memory.shape[1], dtype=torch.bool, device=x.device).tril(before)
-        if before:
-            x = x + F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], attn_mask=seen)[:, 0]
-        else:
-            x = x + F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], is_causal=True)[:, 0]
+        # only a piece that goes on from others needs a mask of its own: for a whole sequence it would be n x n
+        seen = (
+            torch.ones(x.shape[1], memory.shape[1], dtype=torch.bool, device=x.device).tril(before) if before else None
+        )
+        read = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], seen, is_causal=seen is None)
+        x = x + read[:, 0]
         x = x + F.gelu(self.wide(self.ffn_norm(x))).unflatten(-1, (self.boom, -1)).sum(-2)
         return x, (hidden, cell, memory)
