@@ -149,6 +149,8 @@ def test_other_models_are_refused() -> None:
     t5 = transformers.T5Config(d_model=8, d_ff=8, d_kv=4, num_heads=2, num_layers=1, vocab_size=10)
     with pytest.raises(TypeError, match="got T5ForConditionalGeneration of type 't5'"):
         Access(transformers.T5ForConditionalGeneration(t5))
+    with pytest.raises(TypeError, match="opt-350m"):
+        Access(tiny("opt", do_layer_norm_before=False))
 
 
 def test_attention_implementation_is_put_back() -> None:
@@ -169,6 +171,57 @@ def test_through_peft() -> None:
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["v_proj"])).double()
     torch.testing.assert_close(residual_stream(wrapped, **inputs())[2], plain[2])
     torch.testing.assert_close(Access(wrapped).head_weights(0).v, weights)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox"])
+def test_adapters_are_in_the_weights(kind: str) -> None:
+    peft = pytest.importorskip("peft")
+    names = {
+        "llama": ["v_proj", "o_proj"], "gpt2": ["c_attn", "c_proj"], "gpt_neox": ["query_key_value", "dense"]
+    }[kind]  # fmt: skip
+    config = peft.LoraConfig(
+        target_modules=names, init_lora_weights=False, fan_in_fan_out=kind == "gpt2", modules_to_save=None
+    )
+    before = Access(tiny(kind)).head_weights(1)
+    model = peft.get_peft_model(tiny(kind), config).double()
+    found = Access(model).head_weights(1)
+    assert (found.v - before.v).abs().max() > 1e-3
+    assert (found.o - before.o).abs().max() > 1e-3
+    with model.disable_adapter():
+        torch.testing.assert_close(Access(model).head_weights(1).o, before.o)
+    model.merge_adapter()
+    torch.testing.assert_close(Access(model).head_weights(1).o, found.o)
+    torch.testing.assert_close(Access(model.merge_and_unload()).head_weights(1).v, found.v)
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}])
+def test_other_adapters_must_be_merged(settings: dict[str, bool]) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny("phi"), peft.LoraConfig(target_modules=["v_proj"], **settings))
+    with pytest.raises(TypeError, match="plain LoRA"):
+        Access(model).head_weights(0)
+    scaled = peft.get_peft_model(tiny("llama"), peft.IA3Config(target_modules=["v_proj"], feedforward_modules=[]))
+    with pytest.raises(TypeError, match="must be LoRA or merged"):
+        Access(scaled).head_weights(0)
+
+
+def test_resumed_leaves_what_others_put_in_the_place_of_forward() -> None:
+    model, given = tiny("llama"), inputs()
+    stream = residual_stream(model, **given)
+    first: Any = Access(model).layer(0)
+    calls: list[int] = []
+    own = first.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return own(*args, **kwargs)
+
+    first.forward = counted
+    with resumed(model, 1, stream[1]):
+        model(**given, use_cache=False)
+    assert not calls
+    model(**given)
+    assert calls == [1]
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m-instruct", "minilm"])

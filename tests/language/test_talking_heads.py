@@ -352,3 +352,14 @@ def test_a_real_model() -> None:
     table = composition_scores(model, ["q"], readers=[(2, 0)])
     assert table.scores["q"].shape == (30, 9, 64, 30, 9)
     assert accuracy(model, tokenizer, IOI(tokenizer).prompts(4)) > 0.5
+
+
+def test_edits_of_weights_that_an_adapter_adds_to() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["v_proj", "o_proj"], init_lora_weights=False)
+    model, given = peft.get_peft_model(tiny("llama"), config).double(), inputs()
+    with ChannelEdit(model, (0, 1), [1], scale=0.25), torch.no_grad():
+        found = model(**given).logits
+    merged = model.merge_and_unload()
+    with ChannelEdit(merged, (0, 1), [1], scale=0.25), torch.no_grad():
+        torch.testing.assert_close(found, merged(**given).logits)

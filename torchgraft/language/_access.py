@@ -116,7 +116,7 @@ class Access:
         heads, kv_heads, head_dim, hidden_size: sizes.
 
     Raises:
-        TypeError: for a model of another kind.
+        TypeError: for a model of another kind, and for facebook/opt-350m, which is unlike every other OPT.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -132,6 +132,11 @@ class Access:
             )
         self.model, self.family = model, FAMILIES[kind]
         self.base, config = base, base.config
+        if kind == "opt" and (not config.do_layer_norm_before or config.word_embed_proj_dim != config.hidden_size):
+            raise TypeError(
+                "model must be an OPT with norms before its blocks and embeddings as wide as its stream; "
+                "facebook/opt-350m alone has neither"
+            )
         self.layers: list[nn.Module] = list(base.get_submodule(self.family.layers))
         self.embedding: nn.Module = base.get_submodule(self.family.embedding)
         self.hidden_size: int = config.hidden_size
@@ -185,8 +190,11 @@ class Access:
     def head_weights(self, index: int) -> HeadWeights:
         """The weights of all heads of a layer, as views where the model's layout allows it.
 
-        With rotary positions ``q`` and ``k`` are those before the turn; in Qwen3 and Gemma 3, whose queries and keys
-        are normalised after the projection, those before the norm.
+        Active LoRA adapters of peft are in them. With rotary positions ``q`` and ``k`` are those before the turn; in
+        Qwen3 and Gemma 3, whose queries and keys are normalised after the projection, those before the norm.
+
+        Raises:
+            TypeError: for adapters of peft that are neither plain LoRA nor merged.
         """
         attention, (h, kv, d) = self.attention(index), (self.heads, self.kv_heads, self.head_dim)
         split: list[tuple[Tensor, Tensor]] = []
@@ -227,13 +235,28 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _linear(module: nn.Module) -> tuple[Tensor, Tensor]:
-    """Weight (out, in) and bias of a linear layer, of GPT-2's transposed one, or of what peft wrapped."""
+    """Weight (out, in) and bias of a linear layer, of GPT-2's transposed one, or of one with peft's LoRA around it."""
+    added = _low_rank(module)
     module = getattr(module, "base_layer", module)
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
+    for delta in added:
+        weight = weight + delta.to(weight)
     if type(module).__name__ == "Conv1D":
         weight = weight.T
     return weight, bias if isinstance(bias, Tensor) else weight.new_zeros(len(weight))
+
+
+def _low_rank(module: Any) -> list[Tensor]:
+    """What active LoRA adapters add to the stored weight, unless it is merged already."""
+    if not hasattr(module, "base_layer") or module.merged or module.disable_adapters:
+        return []
+    if not hasattr(module, "lora_A"):
+        raise TypeError(f"adapters must be LoRA or merged (merge_and_unload), got {type(module).__name__}")
+    active = [name for name in module.active_adapters if name in module.lora_A]
+    if any(name in module.lora_variant or module.lora_bias[name] for name in active):
+        raise TypeError("adapters must be plain LoRA (no DoRA or other variant, no bias) or merged (merge_and_unload)")
+    return [module.get_delta_weight(name) for name in active]
 
 
 def norm_gain(norm: nn.Module | None, width: int) -> Tensor:
@@ -355,7 +378,11 @@ def residual_stream(model: nn.Module, **inputs: Any) -> list[Tensor]:
 
 
 def attention_patterns(model: nn.Module, **inputs: Any) -> list[Tensor]:
-    """The attention weights of every layer, (B, heads, T, T); the model's attention implementation is put back."""
+    """The attention weights of every layer, (B, heads, T, T); the model's attention implementation is put back.
+
+    transformers takes this softmax in float32 in most families. In float64 its mask overflows there, and tokens that
+    see nothing at all, padding on the left, get NaN, which spreads from layer to layer: pad on the right in float64.
+    """
     access = Access(model)
     with eager_attention(access.model):
         return list(model(**inputs, output_attentions=True).attentions)
@@ -406,6 +433,9 @@ def resumed(model: nn.Module, layer: int, hidden: Tensor) -> Iterator[None]:
             def skip(given: Tensor, *args: Any, last: bool = last, **kwargs: Any) -> Tensor:
                 return hidden if last else given
 
-            undo.callback(delattr, module, "forward")
+            if "forward" in vars(module):  # accelerate's hooks, for one, live there
+                undo.callback(setattr, module, "forward", module.forward)
+            else:
+                undo.callback(delattr, module, "forward")
             module.forward = skip
         yield

@@ -78,9 +78,10 @@ class ChannelEdit:
             raise RuntimeError("this edit is applied already; undo it first")
         stored, transposed = self._slice()
         self._before = stored.clone()
-        o = (stored if transposed else stored.T).to(self._basis)
-        changed = o + (self.scale - 1) * (o @ self._basis.T) @ self._basis
-        stored.copy_((changed if transposed else changed.T).to(stored))
+        layer, head = self.writer
+        o = self._access.head_weights(layer).o[head].to(self._basis)  # not what is stored, where an adapter adds to it
+        change = (self.scale - 1) * (o @ self._basis.T) @ self._basis
+        stored.copy_((stored.to(change) + (change if transposed else change.T)).to(stored))
         return self
 
     @torch.no_grad()
