@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torchgraft.language._access import Access, captured, final_logits, resumed, tokenized
 from torchgraft.language.representation_engineering.steering import steer
 from torchgraft.language.representation_engineering.theory import helpfulness_gaussian
-from torchgraft.language.representation_engineering.vectors import ReadingVectors, evaluating
+from torchgraft.language.representation_engineering.vectors import ReadingVectors
+from torchgraft.surgery import evaluating
 
 if TYPE_CHECKING:
     import pandas

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,21 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from torchgraft.language._access import Access, captured, tokenized
+from torchgraft.surgery import evaluating
 
 Method = Literal["pca_center", "pca_diff", "mean_diff", "random"]
 METHODS: tuple[Method, ...] = ("pca_center", "pca_diff", "mean_diff", "random")
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout until the end of the block; every module goes back to the mode that it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @torch.no_grad()
