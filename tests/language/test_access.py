@@ -143,6 +143,20 @@ def test_hooks_go_after_an_exception(without_shape_checks: None) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_compiled_models_are_edited_too(without_shape_checks: None) -> None:
+    model, given = tiny("gpt2", torch.float32), inputs()
+    compiled: Any = torch.compile(model, backend="eager")
+    plain = compiled(**given).logits
+    stream = residual_stream(compiled, **given)
+    torch.testing.assert_close(stream[1], residual_stream(model, **given)[1])
+    push = torch.randn(16, generator=torch.Generator().manual_seed(2))  # a norm would take a constant away
+    with edited(compiled, {0: lambda h: h + push}, "attention"):
+        assert (compiled(**given).logits - plain).abs().max() > 1e-3
+    with resumed(compiled, 1, stream[1] + push):
+        assert (compiled(**given, use_cache=False).logits - plain).abs().max() > 1e-3
+    torch.testing.assert_close(compiled(**given).logits, plain)
+
+
 def test_other_models_are_refused() -> None:
     with pytest.raises(TypeError, match=r"one of gpt2, .* got Linear"):
         Access(nn.Linear(2, 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import permutations
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,9 +43,11 @@ from torchgraft.language.representation_shift import (
 from torchgraft.language.representation_shift.concepts import is_content_word
 from torchgraft.language.representation_shift.shift import centre
 from torchgraft.language.representation_shift.states import first_match, word_tokens
+from torchgraft.language.representation_shift.steering import normalized_answer
 from torchgraft.language.set_based_prompting import toy_model
 
 TEXT = ("gpt2", "llama", "gpt_neox", "gemma2", "opt")
+MULTIMODAL = ("llava", "smolvlm", "qwen2_vl", "qwen3_vl", "paligemma", "idefics2")
 IMAGE = 39
 
 
@@ -73,24 +76,39 @@ def multimodal(kind: str, dtype: torch.dtype = torch.float64) -> tuple[Any, dict
         )
         model = transformers.SmolVLMForConditionalGeneration(config)
         given = {"input_ids": torch.cat([image, words], 1), "pixel_values": pixels[:, None]}
+    elif kind == "paligemma":
+        config = transformers.PaliGemmaConfig(
+            text_config=transformers.GemmaConfig(**text), image_token_index=IMAGE, projection_dim=16, hidden_size=16,
+            vision_config=transformers.SiglipVisionConfig(**eye, vision_use_head=False),
+        )  # fmt: skip
+        model = transformers.PaliGemmaForConditionalGeneration(config)
+        ids = torch.cat([image, words], 1)
+        given = {"input_ids": ids, "pixel_values": pixels, "token_type_ids": torch.zeros_like(ids)}
+    elif kind == "idefics2":
+        looks = {"resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 2, "resampler_head_dim": 4,
+                 "num_key_value_heads": 2, "hidden_size": 16, "rms_norm_eps": 1e-5}  # fmt: skip
+        config = transformers.Idefics2Config(
+            text_config=transformers.MistralConfig(**text), vision_config=eye, perceiver_config=looks,
+            image_token_id=IMAGE,
+        )  # fmt: skip
+        model = transformers.Idefics2ForConditionalGeneration(config)
+        given = {"input_ids": torch.cat([image, words], 1), "pixel_values": pixels[:, None]}
     else:
         turns = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}
-        eye = {
-            "depth": 1,
-            "embed_dim": 16,
-            "hidden_size": 16,
-            "num_heads": 2,
-            "patch_size": 4,
-            "temporal_patch_size": 1,
-        }
-        config = transformers.Qwen2VLConfig(
-            text_config=text | {"rope_parameters": turns},
-            vision_config=eye | {"spatial_merge_size": 2, "mlp_ratio": 2},
-            image_token_id=IMAGE,
-            vision_start_token_id=38,
-            vision_end_token_id=37,
-        )
-        model = transformers.Qwen2VLForConditionalGeneration(config)
+        sees = {"depth": 1, "hidden_size": 16, "num_heads": 2, "patch_size": 4, "temporal_patch_size": 1,
+                "spatial_merge_size": 2}  # fmt: skip
+        if kind == "qwen2_vl":
+            kinds: Any = (transformers.Qwen2VLConfig, transformers.Qwen2VLForConditionalGeneration)
+            sees |= {"embed_dim": 16, "mlp_ratio": 2}
+        else:
+            kinds = (transformers.Qwen3VLConfig, transformers.Qwen3VLForConditionalGeneration)
+            sees |= {"intermediate_size": 16, "out_hidden_size": 16, "num_position_embeddings": 16,
+                     "deepstack_visual_indexes": [0]}  # fmt: skip
+        config = kinds[0](
+            text_config=text | {"rope_parameters": turns}, vision_config=sees, image_token_id=IMAGE,
+            vision_start_token_id=38, vision_end_token_id=37,
+        )  # fmt: skip
+        model = kinds[1](config)
         ids = torch.cat([torch.full((2, 1), 38), image, torch.full((2, 1), 37), words], 1)
         given = {
             "input_ids": ids, "pixel_values": torch.randn(32, 48, generator=draw),
@@ -105,13 +123,13 @@ def multimodal(kind: str, dtype: torch.dtype = torch.float64) -> tuple[Any, dict
 
 
 def any_model(kind: str) -> tuple[Any, dict[str, Tensor]]:
-    if kind in ("llava", "smolvlm", "qwen2_vl"):
+    if kind in MULTIMODAL:
         return multimodal(kind)
     ids = torch.randint(3, 40, (2, 7), generator=torch.Generator().manual_seed(1))
     return tiny(kind), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-EVERY = (*TEXT, "llava", "smolvlm", "qwen2_vl")
+EVERY = (*TEXT, *MULTIMODAL)
 every_model = pytest.mark.parametrize("kind", EVERY)
 
 
@@ -183,8 +201,10 @@ def test_generated_states_are_those_of_one_pass_over_what_was_generated(kind: st
     whole = model.generate(**given, max_new_tokens=4, do_sample=False, **plain)
     new = whole.shape[1] - given["input_ids"].shape[1]
     forced = given | {"input_ids": whole, "attention_mask": torch.ones_like(whole)}
-    if "mm_token_type_ids" in given:
-        forced["mm_token_type_ids"] = torch.nn.functional.pad(given["mm_token_type_ids"], (0, new))
+    # PaliGemma reads a prompt in both directions, and its answer, of type 1, in one
+    for name, value in (("mm_token_type_ids", 0), ("token_type_ids", 1)):
+        if name in given:
+            forced[name] = torch.nn.functional.pad(given[name], (0, new), value=value)
     labels = whole.clone()
     labels[:, :-new] = -100
     for position, at in (("last", "predicts"), ("mean_generated", "predicts")):
@@ -194,12 +214,41 @@ def test_generated_states_are_those_of_one_pass_over_what_was_generated(kind: st
         torch.testing.assert_close(told.of(), read.of(), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["llama", *MULTIMODAL])
+def test_padding_on_either_side_of_image_and_text_changes_nothing(kind: str) -> None:
+    model, given = any_model(kind)
+    ids = given["input_ids"]
+    labels = ids.masked_fill(ids == IMAGE, -100)
+    stream = residual_stream(model, **given)[1].detach()
+    mean = torch.stack([row[kept].mean(0) for row, kept in zip(stream, ids != IMAGE, strict=True)])
+    for side in ((2, 0), (0, 2)):
+        padded = {k: torch.nn.functional.pad(v, side) if v.shape == ids.shape else v for k, v in given.items()}
+        if kind == "llama":
+            padded["position_ids"] = (padded["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        last = collect_states(model, [padded], [0], position="last").of()
+        torch.testing.assert_close(last, stream[:, -2], rtol=0, atol=1e-6)
+        answers = padded | {"labels": torch.nn.functional.pad(labels, side, value=-100)}
+        found = collect_states(model, [answers], [0], position="mean_generated", at="holds").of()
+        torch.testing.assert_close(found, mean, rtol=0, atol=1e-6)
+
+
 def test_a_generated_token_that_was_never_read_has_no_state() -> None:
     model, given = any_model("llama")
     options = {"max_new_tokens": 3, "eos_token_id": None, "pad_token_id": 0}
-    last = collect_states(model, [given], [1], position="last", teacher_forcing=False, at="holds", **options)
-    assert not last.mask.any()
-    assert last.of().shape == (0, 16)
+    with pytest.raises(ValueError, match=r"none of 2 samples has a state at 'last', 'holds'.*does not read"):
+        collect_states(model, [given], [1], position="last", teacher_forcing=False, at="holds", **options)
+
+
+def test_a_word_that_no_answer_has_is_told_and_one_that_some_lack_is_masked() -> None:
+    model = tiny("llama")
+    batches = [batch_of("a cat"), batch_of("the red dog")]
+    found = collect_states(model, batches, [0], "dog", tokenizer=LEXICON)
+    assert found.mask.tolist() == [False, True]
+    with pytest.raises(ValueError, match=r"none of 2 samples.*'blue' must be in an answer.*first answer is 'a cat'"):
+        collect_states(model, batches, [0], "blue", tokenizer=LEXICON)
+    with pytest.raises(ValueError, match="after its first token"):
+        collect_states(model, [batch_of("dog runs")], [0], "dog", tokenizer=LEXICON)
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_the_first_word_of_the_answer_gives_the_state() -> None:
@@ -298,6 +347,44 @@ def test_an_adapter_and_its_base_are_two_models_in_one() -> None:
     assert (tuned.of() - base.of()).abs().max() > 1e-3
 
 
+def test_adapters_merged_several_or_with_tokens_of_their_own() -> None:
+    from peft import LoraConfig, PromptTuningConfig, get_peft_model
+
+    batch = batch_of("a red dog runs", "the cat dog")
+    settings_of = partial(LoraConfig, r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model = get_peft_model(tiny("llama"), settings_of(), adapter_name="one").double()
+    torch.manual_seed(1)
+    model.add_adapter("two", settings_of())
+    model.double()
+    collect = partial(collect_states, model, [batch], [1, "norm", 1], "dog", tokenizer=LEXICON)
+    model.set_adapter("two")
+    two = collect()
+    assert model.active_adapter == "two"
+    model.set_adapter("one")
+    model.train()
+    one = collect()
+    assert model.training
+    with model.disable_adapter():
+        base = collect()
+    far = [(a.of(1) - b.of(1)).abs().max() for a, b in ((one, two), (one, base), (two, base))]
+    assert min(far) > 1e-3
+    torch.testing.assert_close(base.of(1), collect_states(tiny("llama"), [batch], [1], position="toi",
+                               token_of_interest="dog", tokenizer=LEXICON).of())  # fmt: skip
+    model.merge_adapter()
+    torch.testing.assert_close(collect().of("norm"), one.of("norm"), rtol=0, atol=1e-9)
+    with steer(model, {0: vector()}):
+        pushed = collect()
+    model.unmerge_adapter()
+    with steer(model, {0: vector()}):
+        torch.testing.assert_close(collect().of("norm"), pushed.of("norm"), rtol=0, atol=1e-9)
+    torch.testing.assert_close(collect().of("norm"), one.of("norm"), rtol=0, atol=1e-9)
+    virtual = get_peft_model(tiny("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(TypeError, match="active PROMPT_TUNING adapter"):
+        collect_states(virtual, [batch], [1], position="last")
+    with pytest.raises(TypeError, match="active PROMPT_TUNING adapter"), steer(virtual, {0: vector()}):
+        pass
+
+
 def test_sets_are_saved_and_cut(tmp_path: Any) -> None:
     found = StateSet({0: torch.randn(2, 3), "norm": torch.randn(2, 3)}, ("a", "b", "c"), torch.tensor([1, 0, 1]).bool(),
                      ("x", "y", "z"), "print")  # fmt: skip
@@ -337,12 +424,19 @@ def test_sets_are_saved_and_cut(tmp_path: Any) -> None:
         ({"at": "before"}, "at must be"),
         ({"batches": []}, "batches must be at least one"),
         ({"num_beams": 2, "teacher_forcing": False}, "num_beams must be 1"),
+        ({"num_return_sequences": 2, "teacher_forcing": False}, "num_return_sequences must be 1"),
+        ({"use_cache": False, "teacher_forcing": False}, "are set here"),
+        ({"do_sample": True}, "are of generation"),
+        ({"position": "last"}, "goes with position 'toi'"),
+        ({"batches": [{"attention_mask": torch.ones(1, 2)}]}, "must hold input_ids"),
     ],
 )
 def test_wrong_collecting_is_refused(change: dict[str, Any], message: str) -> None:
     arguments = {"batches": [batch_of("a dog")], "layers": [0], "token_of_interest": "dog", "tokenizer": LEXICON}
     with pytest.raises(ValueError, match=message):
         collect_states(tiny("llama"), **(arguments | change))
+    with pytest.raises(TypeError, match="put a single batch in a list"):
+        collect_states(tiny("llama"), **(arguments | {"batches": batch_of("a dog")}))
 
 
 def test_wrong_batches_are_refused_and_leave_no_hook() -> None:
@@ -666,8 +760,14 @@ def test_wrong_shifts_are_refused() -> None:
         ConceptShift(dictionary).fit(a, a[:5])
     with pytest.raises(ValueError, match=r"concepts \[.*\] have no common sample"):
         ConceptShift(dictionary).fit(a[:1], a[:1])
+    with pytest.raises(ValueError, match="must be finite"):
+        ConceptShift(dictionary).fit(a, a / 0)
     with pytest.raises(TypeError, match="both"):
         ConceptShift(dictionary).fit(a, StateSet({0: a}, tuple(range(60)), torch.ones(60, dtype=torch.bool)))
+    with pytest.raises(TypeError, match="got list and list"):
+        ConceptShift(dictionary).fit([1], [2])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="got a StateSet"):
+        ConceptDictionary(3).fit(StateSet({0: a}, tuple(range(60)), torch.ones(60, dtype=torch.bool)))
     zero = ConceptShift(dictionary, on_empty="zero").fit(a[:1], a[:1] + 1)
     assert (zero.shifts_.any(1).sum(), zero.consistency_.isnan().sum()) == (1, 3)
     for wrong in ({"mask": torch.ones(2)}, {"mask": torch.ones(3).bool()}, {"ids": ("a", "a")}, {"texts": ("x",)}):
@@ -703,6 +803,36 @@ def test_recovery_by_hand_and_as_the_official_code_has_it() -> None:
     np.testing.assert_allclose(report["cosine_after"], cosine, atol=1e-6)
 
 
+def test_recovery_on_other_samples_by_naive_formulas() -> None:
+    a, b = blobs(80, 6, 4), blobs(80, 6, 4, seed=1) + blobs(80, 6, 4)
+    concepts = ConceptDictionary(4, random_state=0).fit(a[:40])
+    tuned = ConceptDictionary(4, random_state=1).fit(b[40:]).components_
+    report = recovery_report(ConceptShift(concepts).fit(a[:40], b[:40]).shifted(), concepts.components_, tuned)
+    u = concepts.components_
+    nearest = np.array([min(range(4), key=lambda k: ((row - u[k]) ** 2).sum()) for row in a[:40].numpy()])
+    after = np.stack([b[:40].numpy()[nearest == k].mean(0) for k in range(4)])
+
+    def cosine(x: Any, y: Any) -> float:
+        return float(x @ y / np.sqrt((x @ x) * (y @ y)))
+
+    best = max(permutations(range(4)), key=lambda order: sum(cosine(u[k], tuned[j]) for k, j in enumerate(order)))
+    assert tuple(report["match"]) == best
+    for k, j in enumerate(best):
+        far, near = (np.sqrt(((x - tuned[j]) ** 2).sum()) for x in (u[k], after[k]))
+        assert report["l2_gain_relative"][k] == pytest.approx((far - near) / far, abs=1e-9)
+        assert report["cosine_gain"][k] == pytest.approx(cosine(after[k], tuned[j]) - cosine(u[k], tuned[j]), abs=1e-9)
+    order = [2, 0, 3, 1]
+    other = recovery_report(after[order], u[order], tuned[::-1])
+    np.testing.assert_allclose(other["l2_gain_relative"], report["l2_gain_relative"][order], atol=1e-9)
+
+
+def test_tuned_concepts_are_matched_to_the_original_ones_and_not_to_the_shifted() -> None:
+    u = np.eye(3)
+    report = recovery_report(u[[1, 2, 0]], u, u)
+    assert report["match"].tolist() == [0, 1, 2], "shifts onto another's concept are no recovery"
+    np.testing.assert_allclose(report["l2_gain"], -np.sqrt(2))
+
+
 def test_matching_undoes_a_permutation() -> None:
     u = blobs(6, 5, 6).numpy()
     order = np.array([3, 1, 5, 0, 2, 4])
@@ -711,6 +841,12 @@ def test_matching_undoes_a_permutation() -> None:
         match_concepts(u, u[:3])
     with pytest.raises(ValueError, match="same shape"):
         recovery_report(u[:3], u, u)
+    with pytest.raises(ValueError, match="shifted concepts must be finite"):
+        recovery_report(u * np.nan, u, u)
+    with pytest.raises(ValueError, match="original and finetuned concepts must be finite"):
+        match_concepts(u, u * np.nan)
+    with pytest.raises(ValueError, match=r"must be \(K, D\)"):
+        match_concepts(u[0], u[0])
 
 
 # --- steering ---------------------------------------------------------------------------------------------------
@@ -767,7 +903,7 @@ def test_nothing_added_changes_no_bit_and_the_model_is_left_as_it_was(kind: str)
     assert torch.equal(model(**given).logits, plain)
 
 
-@every_model
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3_vl"])
 def test_nested_blocks_add_up(kind: str) -> None:
     model, given = any_model(kind)
     v, w = vector(), vector(seed=1)
@@ -880,7 +1016,45 @@ def test_wrong_steering_is_refused_before_anything_is_hooked() -> None:
             pass
     with pytest.raises(TypeError, match="must be a transformers model"), steer(torch.nn.Linear(2, 2), {0: vector()}):
         pass
+    for wrong in (vector(), [vector()], {0: [1.0] * 16}):
+        with pytest.raises(TypeError, match="tensors by layer"), steer(model, wrong):  # type: ignore[arg-type]
+            pass
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+def test_a_compiled_model_is_steered_too() -> None:
+    model, given = any_model("llama")
+    quick = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        plain = quick(**given).logits
+        with steer(model, {0: vector()}):
+            want, found = model(**given).logits, quick(**given).logits
+            with steer(quick, {0: -vector()}):
+                torch.testing.assert_close(quick(**given).logits, plain)
+        torch.testing.assert_close(found, want)
+        torch.testing.assert_close(quick(**given).logits, plain)
+
+
+def test_the_prompt_may_be_embeddings() -> None:
+    model, given = any_model("llama")
+    options = {"max_new_tokens": 4, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
+    seen = model.get_input_embeddings()(given["input_ids"]).detach()
+    with steer(model, {0: 3 * vector()}, positions="generated"):
+        want = model.generate(**given, **options)[:, 7:]
+        assert torch.equal(model.generate(inputs_embeds=seen, attention_mask=given["attention_mask"], **options), want)
+
+
+@pytest.mark.parametrize("how", [{"num_beams": 3}, {"do_sample": True}, {"cache_implementation": "static"}])
+def test_steering_beams_and_samples(how: dict[str, Any]) -> None:
+    model, given = any_model("llama")
+    options = {"max_new_tokens": 4, "eos_token_id": None, "pad_token_id": 0, "do_sample": False} | how
+    with steer(model, {0: 3 * vector()}, positions="last"):
+        torch.manual_seed(0)
+        cached = model.generate(**given, **options)
+        torch.manual_seed(0)
+        options.pop("cache_implementation", None)
+        assert torch.equal(model.generate(**given, **options, use_cache=False), cached)
 
 
 def test_vectors_are_those_of_the_official_code() -> None:
@@ -936,6 +1110,17 @@ def test_directions_by_hand() -> None:
         select_directions({}, {}, topk=0)
 
 
+def test_answers_are_compared_as_by_the_official_code() -> None:
+    # EvalAIAnswerProcessor of metrics/vqa_accuracy.py, mshukor/xl-vlms a599fe9
+    official = {
+        "two": "2", "The three": "3", "A dog": "dog", "none": "0", "No.": "no", "yes,": "yes", "2,000": "2000",
+        "ten": "10", "a": "", "t-shirt": "t shirt", "o'clock": "o'clock", "3.5": "3.5", "dog?": "dog",
+        "Eleven": "eleven",
+    }  # fmt: skip
+    assert {given: normalized_answer(given) for given in official} == official
+    assert steering_report(["two"], ["2"], "three")["unchanged: number"] == 1
+
+
 def test_answers_are_counted() -> None:
     before, after = ["yes", "No.", "two", "a dog"], ["no", "no", "two", "no"]
     report = steering_report(before, after, "no")
@@ -947,9 +1132,10 @@ def test_answers_are_counted() -> None:
     typed = steering_report(before, after, ["no", "two"], ["a", "a", "b", "b"])
     assert typed["target_after: b"] == 1
     assert [answer_type(a) for a in ("Yes!", "12", "seven", "blue")] == ["yes/no", "number", "number", "other"]
-    assert vqa_accuracy("A", ["a"] * 10) == 1
-    assert vqa_accuracy("a", ["a", *["b"] * 9]) == pytest.approx(0.3)
-    assert vqa_accuracy("c", ["a", "b"]) == 0
+    assert vqa_accuracy("Red", ["red"] * 10) == 1
+    assert vqa_accuracy("red", ["red", *["blue"] * 9]) == pytest.approx(0.3)
+    assert vqa_accuracy("two", ["2"] * 3 + ["3"] * 7) == pytest.approx(0.9)
+    assert vqa_accuracy("dog", ["red", "blue"]) == 0
     with pytest.raises(ValueError, match="at least two"):
         vqa_accuracy("a", ["a"])
     with pytest.raises(ValueError, match="equally many"):

@@ -77,7 +77,7 @@ FAMILIES: Mapping[str, _Family] = {
 }  # fmt: skip
 # decoders inside multimodal models: under which attribute, and whose layout those have that have a type of their own
 _INSIDE = ("language_model", "text_model")
-_ALIKE = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2"}
+_ALIKE = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,8 @@ class Access:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The transformers model inside a peft model, or the model itself."""
+    """The transformers model inside a peft or a compiled model, or the model itself."""
+    model = getattr(model, "_orig_mod", model)
     find: Any = getattr(model, "get_base_model", None)
     inner = find() if find else model
     assert isinstance(inner, nn.Module)
@@ -297,6 +298,8 @@ def _first(output: Any) -> Tensor:
 def edited(model: nn.Module, edits: Mapping[int, Edit], site: Site = "output") -> Iterator[None]:
     """Change the residual stream while the model runs; the hooks are gone after the block, also after an exception.
 
+    What ``torch.compile`` made of a model knows no hooks that came later, so nothing compiled runs in the block.
+
     Args:
         model: see ``Access``.
         edits: for each layer what makes of hidden states (B, T, D) others of that shape and dtype.
@@ -338,6 +341,7 @@ def edited(model: nn.Module, edits: Mapping[int, Edit], site: Site = "output") -
             else:
                 handle = module.register_forward_hook(after(layer))
             hooks.callback(handle.remove)
+        hooks.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
 
@@ -438,4 +442,5 @@ def resumed(model: nn.Module, layer: int, hidden: Tensor) -> Iterator[None]:
             else:
                 undo.callback(delattr, module, "forward")
             module.forward = skip
+        undo.enter_context(torch.compiler.set_stance("force_eager"))
         yield

@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DATA = ("multi30k",)
-ORIGINAL, SHIFTED, MEDIAN, GLOBAL, RANDOM, CEILING = (
-    "original concepts", "shifted", "shifted, median", "shifted by the mean of all", "shifted at random",
-    "tuned concepts of the same half",
+ORIGINAL, SHIFTED, MEDIAN, GLOBAL, OTHER, RANDOM, CEILING = (
+    "original concepts", "shifted", "shifted, median", "shifted by the mean of all", "shifted as another concept",
+    "shifted at random", "tuned concepts of the same half",
 )  # fmt: skip
 NAMES: dict[Method, str] = {"seminmf": "semi-NMF", "pca": "PCA"}
 LAST, EARLY, NOISE = "last layer", "early layer", "random vector"
@@ -67,6 +67,10 @@ CLAIMS = (
     Claim(
         "A concept's own shift recovers more than the mean shift of all (share of the distance)", "distance recovered",
         SHIFTED, GLOBAL, 0.02, paper="not compared",
+    ),
+    Claim(
+        "and more than the shift of another concept of the word (share of the distance)", "distance recovered",
+        SHIFTED, OTHER, 0.02, paper="not compared",
     ),
     Claim(
         "Shifted semi-NMF concepts share more words with the fine-tuned ones, too (words of 15)", "words",
@@ -98,7 +102,11 @@ CLAIMS = (
     ),
     Claim(
         "while answers of other types stay (yes/no to number)", f"kept: {TYPE}", LAST, 0.9, 0.0, unit="points",
-        factor=100, paper="in words: barely change",
+        factor=100, paper="in words, of values and not of types: barely change",
+    ),
+    Claim(
+        "more of them than with a random vector of the same length", f"kept: {TYPE}", LAST, NOISE, 10.0,
+        unit="points", factor=100, paper="not compared",
     ),
     Claim(
         "Steering an early layer turns fewer yes/no answers", f"turned: {TYPE}", LAST, EARLY, 20.0, unit="points",
@@ -126,6 +134,7 @@ class Config:
         early, late: layers steered.
         asked, judged: questions of each kind for a vector, and to judge it.
         alphas: of the sweep; 1 is the paper's.
+        draws: random vectors, whose results are averaged.
         plain: captions whose likelihood tells what steering costs.
     """
 
@@ -135,26 +144,27 @@ class Config:
     model: str = "smollm2-135m-instruct"
     dtype: str = "float32"
     words: tuple[str, ...] = ("shirt", "dog", "street")
-    samples: int = 70
+    samples: int = 80
     concepts: int = 5
     shown: int = 15
     active: int = 10
     rank: int = 8
-    steps: int = 32
+    steps: int = 20
     batch_size: int = 4
     lr: float = 2e-3
     early: int = 5
     late: int = -1
     asked: int = 12
-    judged: int = 10
+    judged: int = 12
     alphas: tuple[float, ...] = (0.5, 1.0, 2.0)
+    draws: int = 4
     plain: int = 10
 
 
 SCALES = {
     "smoke": Config(
         seeds=1, data="built-in", model="toy", words=("dog", "cat"), samples=16, concepts=2, active=3, steps=2,
-        batch_size=2, early=0, asked=2, judged=2, alphas=(1.0, 2.0), plain=2,
+        batch_size=2, early=0, asked=2, judged=2, alphas=(1.0, 2.0), draws=2, plain=2,
     ),
     "laptop": Config(),
     "gpu": Config(
@@ -220,7 +230,10 @@ def _finetuned(config: Config, seed: int, progress: Progress) -> tuple[dict[str,
     from peft import LoraConfig, get_peft_model
 
     base, tokenizer = language_model(config.model, config.dtype, config.device)
-    chosen = [c for c in _captions(config.data) if COLOURED.search(c) and len(c.split()) < 15]
+    seen = tuple(text for word in config.words for text in _prefixes(config, word))
+    chosen = [
+        c for c in _captions(config.data) if COLOURED.search(c) and len(c.split()) < 12 and not c.startswith(seen)
+    ]
     random.Random(100 + seed).shuffle(chosen)
     count = config.steps * config.batch_size
     held = tokenized(tokenizer, chosen[:16], config.device)
@@ -256,7 +269,13 @@ def _judged(config: Config, seed: int, a: StateSet, b: StateSet, head: Tensor, t
     random.Random(200 + seed).shuffle(ids)
     one, other = ids[: len(ids) // 2], ids[len(ids) // 2 :]
     a1, b1, b2 = a.subset(one), b.subset(one), b.subset(other)
-    words = partial(ground_text, lm_head=head, tokenizer=tokenizer, k=config.shown)
+    told: dict[bytes, list[list[str]]] = {}
+
+    def words(u: Any) -> list[list[str]]:
+        key = np.asarray(u, dtype=np.float64).tobytes()
+        if key not in told:
+            told[key] = ground_text(u, head, tokenizer, config.shown)
+        return told[key]
 
     def dictionary(states: StateSet, method: Method = "kmeans") -> ConceptDictionary:
         return ConceptDictionary(config.concepts, method, max_iter=300, random_state=seed).fit(states.of())
@@ -280,7 +299,8 @@ def _judged(config: Config, seed: int, a: StateSet, b: StateSet, head: Tensor, t
     statistic: Statistic = "median"
     moved = {
         ORIGINAL: concepts, SHIFTED: shift.shifted(), MEDIAN: ConceptShift(u_a, statistic).fit(a1, b1).shifted(),
-        GLOBAL: concepts + pooled, RANDOM: concepts + noise, CEILING: ceiling[nearest],
+        GLOBAL: concepts + pooled, OTHER: concepts + shift.shifts_.roll(1, 0), RANDOM: concepts + noise,
+        CEILING: ceiling[nearest],
     }  # fmt: skip
     reports: dict[str, Any] = {name: report(u, u_a, u_b) for name, u in moved.items()}
     for method, name in NAMES.items():
@@ -318,7 +338,7 @@ def _concepts(config: Config, seed: int, progress: Progress) -> dict[str, Measur
         return np.concatenate([each[w][name][column] for w in config.words])
 
     found = {}
-    for name in (ORIGINAL, SHIFTED, MEDIAN, GLOBAL, RANDOM, CEILING, *(
+    for name in (ORIGINAL, SHIFTED, MEDIAN, GLOBAL, OTHER, RANDOM, CEILING, *(
         f"{m}, {way}" for m in NAMES.values() for way in ("original", "shifted", "shifted to scale")
     )):  # fmt: skip
         gain = all_of(name, "l2_gain_relative")
@@ -395,6 +415,7 @@ class _Reader:
         with torch.no_grad():
             output = self.model(**self.shots, use_cache=True)
         self.cache = next(value for value in output.values() if hasattr(value, "get_seq_length"))
+        self.end = self.tokenizer("\n")["input_ids"][-1]
 
     def batch(self, questions: Sequence[_Question]) -> dict[str, Any]:
         """Prompts padded between their common beginning and the rest, and the cache of the former."""
@@ -409,11 +430,17 @@ class _Reader:
         return {k: torch.cat([front[k], rolled[k]], 1) for k in front} | {"past_key_values": cache}
 
     @torch.no_grad()
-    def answers(self, questions: Sequence[_Question]) -> list[str]:
-        """The first token of each answer."""
-        batch = self.batch(questions)
-        whole = self.model.generate(**batch, max_new_tokens=1, do_sample=False)
-        return [normalized_answer(self.tokenizer.decode(row[-1:])) for row in whole]
+    def answers(self, batch: Mapping[str, Any]) -> list[str]:
+        """The first line of each answer, as VQAv2 compares it.
+
+        The batch's cache keeps all of the prompt but its last token: with ``positions="last"`` no steering changes it.
+        """
+        whole = self.model.generate(
+            **batch, max_new_tokens=4, do_sample=False, eos_token_id=self.end, pad_token_id=self.end
+        )
+        length = batch["input_ids"].shape[1]
+        batch["past_key_values"].crop(length - 1 - batch["past_key_values"].get_seq_length())
+        return [normalized_answer(self.tokenizer.decode(row[length:]).strip().split("\n")[0]) for row in whole]
 
     def states(self, questions: Sequence[_Question], layers: Sequence[int]) -> StateSet:
         """Of the last token of each prompt, which produces the answer."""
@@ -443,47 +470,49 @@ def _steering(config: Config, seed: int, progress: Progress) -> dict[str, Measur
     draw = torch.Generator().manual_seed(seed)
     noise = {}
     for aim, by_layer in vectors.items():
-        v = by_layer[config.late]
-        drawn = torch.randn(v.shape, generator=draw)
-        noise[aim] = drawn / drawn.norm() * v.norm()
-    numbers = [str(n) for n in range(20)] + "one two three four five six seven eight nine ten".split()  # noqa: SIM905
-    targets: dict[str, list[str]] = {TYPE: numbers, VALUE: ["three"]}
-    plain = reader.answers(judged)
+        rows = torch.randn(config.draws, *by_layer[config.late].shape, generator=draw)
+        noise[aim] = list(rows / rows.norm(dim=1, keepdim=True) * by_layer[config.late].norm())
+    targets: dict[str, list[str]] = {TYPE: [str(n) for n in range(100)], VALUE: ["three"]}
+    prompts = reader.batch(judged)
+    plain = reader.answers(prompts)
     kinds = [q.kind for q in judged]
     aimed = {TYPE: "yes/no", VALUE: "number"}
     texts = [c for c in _captions(config.data) if len(c.split()) < 12][-config.plain :]
     rest = reader.likelihood(texts)
 
-    def measured(aim: str, layer: int, vector: Tensor, alpha: float) -> tuple[float, float]:
-        with steer(reader.model, {layer: vector}, alpha, "last"):
-            after = reader.answers(judged)
-        report = steering_report(plain, after, targets[aim], kinds)
-        others = [k for k, kind in enumerate(kinds) if kind != aimed[aim]]
-        return report[f"target_after: {aimed[aim]}"], float(np.mean([plain[k] == after[k] for k in others]))
+    def measured(aim: str, layer: int, drawn: Sequence[Tensor], alpha: float) -> dict[str, float]:
+        each = []
+        for vector in drawn:
+            with steer(reader.model, {layer: vector}, alpha, "last"):
+                after = reader.answers(prompts)
+            with steer(reader.model, {layer: vector}, alpha):
+                lost = rest - reader.likelihood(texts)
+            report = steering_report(plain, after, targets[aim], kinds)
+            stayed = [a == b for a, b, kind in zip(plain, after, kinds, strict=True) if kind != aimed[aim]]
+            each.append({
+                f"turned: {aim}": report[f"target_after: {aimed[aim]}"],
+                f"kept: {aim}": float(np.mean(stayed)),
+                f"colours kept: {aim}": report["unchanged: other"],
+                f"text lost: {aim}": lost,
+            })  # fmt: skip
+        return {name: float(np.mean([one[name] for one in each])) for name in each[0]}
 
-    def lost(layer: int, vector: Tensor, alpha: float) -> float:
-        with steer(reader.model, {layer: vector}, alpha):
-            return rest - reader.likelihood(texts)
-
-    ways = {LAST: (config.late, {aim: v[config.late] for aim, v in vectors.items()}),
-            EARLY: (config.early, {aim: v[config.early] for aim, v in vectors.items()}),
+    ways = {LAST: (config.late, {aim: [v[config.late]] for aim, v in vectors.items()}),
+            EARLY: (config.early, {aim: [v[config.early]] for aim, v in vectors.items()}),
             NOISE: (config.late, noise)}  # fmt: skip
     found = {}
     for done, (way, (layer, by_aim)) in enumerate(ways.items()):
-        metrics, curves = {}, {}
-        for aim, vector in by_aim.items():
-            swept = config.alphas if way == LAST else (1.0,)
-            told = {alpha: measured(aim, layer, vector, alpha) for alpha in swept}
-            metrics[f"turned: {aim}"], metrics[f"kept: {aim}"] = told[1.0]
-            metrics[f"text lost: {aim}"] = lost(layer, vector, 1.0)
-            if len(swept) > 1:
-                x = [0.0, *swept]
-                base = float(np.mean([a in targets[aim] for a, k in zip(plain, kinds, strict=True) if k == aimed[aim]]))
-                curves[f"turned: {aim}"] = (x, [base, *(t for t, _ in told.values())])
-                curves[f"kept: {aim}"] = (x, [1.0, *(k for _, k in told.values())])
-                losses = [metrics[f"text lost: {aim}"] if a == 1 else lost(layer, vector, a) for a in swept]
-                curves[f"text lost: {aim}"] = (x, [0.0, *losses])
-        right = [a == q.answer for a, q in zip(plain, judged, strict=True)]
+        metrics: dict[str, float] = {}
+        curves = {}
+        for aim, drawn in by_aim.items():
+            told = {a: measured(aim, layer, drawn, a) for a in (config.alphas if way == LAST else (1.0,))}
+            metrics |= told[1.0]
+            if way == LAST:
+                before = steering_report(plain, plain, targets[aim], kinds)[f"target_after: {aimed[aim]}"]
+                for name, start in (("turned", before), ("kept", 1.0), ("text lost", 0.0)):
+                    values = [start, *(each[f"{name}: {aim}"] for each in told.values())]
+                    curves[f"{name}: {aim}"] = ([0.0, *told], values)
+        right = [a == normalized_answer(q.answer) for a, q in zip(plain, judged, strict=True)]
         metrics |= {
             f"right without: {kind}": float(np.mean([r for r, k in zip(right, kinds, strict=True) if k == kind]))
             for kind in ("yes/no", "number", "other")
@@ -507,7 +536,7 @@ def figures(result: Result) -> Mapping[str, Figure]:
 
     figure = Figure(figsize=(13, 7), layout="constrained")
     top, bottom = figure.subplots(2, 3)
-    names = [ORIGINAL, SHIFTED, MEDIAN, GLOBAL, RANDOM, CEILING]
+    names = [ORIGINAL, SHIFTED, MEDIAN, GLOBAL, OTHER, RANDOM, CEILING]
     for axes, metric, title in zip(
         top[:2], ("words", "distance recovered"), ("words shared with the tuned concept", "share of the distance gone"),
         strict=True,
@@ -556,6 +585,9 @@ def notes(result: Result) -> str:
     words = "; ".join(
         f"{name}: {', '.join(found[:6])}" for name, found in zip(("original", "shifted", "tuned"), example, strict=True)
     )
+    colours = " and ".join(
+        f"{100 * result.values(way, f'colours kept: {TYPE}').mean():.0f} % ({way})" for way in (LAST, NOISE)
+    )
     right = ", ".join(
         f"{kind} {100 * result.values(LAST, f'right without: {kind}').mean():.0f} %"
         for kind in ("yes/no", "number", "other")
@@ -563,24 +595,28 @@ def notes(result: Result) -> str:
     return " ".join((
         f"{c.model}, {c.dtype}, text alone: captions of {c.data}, no images. LoRA (rank {c.rank}, all linear",
         f"layers, {c.steps} steps of {c.batch_size}, learning rate {c.lr:g}, not tuned) on captions of colours",
-        f"takes the loss of others from {before:.2f} to {after:.2f}. States of the final norm that predict",
-        f"{', '.join(c.words)} in {c.samples} captions each, cut after the word, all beginnings different; K =",
-        f"{c.concepts}. Original concepts and shifts are of one half of the samples, tuned concepts of the other,",
+        f"takes the loss of others from {before:.2f} to {after:.2f}; none of the captions whose states are judged is",
+        f"among them. States of the final norm that predict {', '.join(c.words)} in {c.samples} captions each, cut",
+        f"after the word, all beginnings different; K = {c.concepts}. Original concepts and shifts are of one half of",
+        "the samples, tuned concepts of the other,",
         "matched to the original ones: centres shifted by their own samples are those samples' tuned means.",
-        "'Distance recovered' is the share of the distance between original and tuned concept that is gone; 'tuned",
+        "'Distance recovered' is the share of the distance between original and tuned concept that is gone: of",
+        "shifts by chance there are a random one, the one of another concept, and the mean of all; 'tuned",
         "concepts of the same half' are the nearest of those that k-means finds there by itself.",
         f"First concept of {c.words[0]!r}, seed 0: {words}.",
         "Semi-NMF and PCA concepts have length 1 and shifts the length of states: added as they are, as the",
         "official code adds them, they drown the concept; 'to scale' divides each by the mean activation of its",
-        "samples. PCA's axes of the two halves hardly match to begin with. Correlations are over all concepts of",
-        "a seed; consistencies differ little here, and with few samples a concept's match in the other half may",
-        "say more than its shifts: whether more samples would show the paper's correlation was not tested.",
-        f"Steering: questions about captions after three worked ones, one token of answer; right without: {right}",
+        "samples. PCA's axes of the two halves hardly match to begin with, whichever signs they get. Correlations are",
+        f"over all concepts of a seed, of about {c.samples // 2 // c.concepts} samples each: a concept's match in the",
+        "other half may say more than its shifts, and whether more samples would show the correlation was not tested.",
+        "Steering: questions about captions after three worked ones; answers are the first line, compared as VQAv2",
+        f"does, so that '2' is 'two'; right without: {right}",
         "(no is said to nearly every yes/no question, so states are grouped by right answers, where the official",
         f"code groups by given ones). {c.asked} questions of each answer make a vector, others judge it",
-        f"({c.judged} of each type); alpha 1, added at the last token of the prompt; layers {c.late} and {c.early}",
-        "of the decoder, each with a vector of its own. 'Kept' is over the types not aimed at; for yes/no to number",
-        "a random vector of the same length (that of the last layer's) changes as many, so what is lost is lost to",
-        "the length. 'Text lost' is with the vector at every token of plain captions, nats a token. Nothing here",
-        "says how images behave: with images the calls are tested on tiny random LLaVA, SmolVLM and Qwen2-VL alone.",
+        f"({c.judged} of each type); alpha 1, added at the last token of the prompt and after; layers {c.late} and",
+        f"{c.early} of the decoder, each with a vector of its own; random vectors are {c.draws} for each aim and seed,",
+        f"averaged. 'Kept' is over the types not aimed at; of the colours alone {TYPE} keeps {colours}. At the last",
+        "layer a vector is one push to the logits of every question, whatever is asked. 'Text lost' is with the vector",
+        "at every token of plain captions, nats a token.",
+        "Nothing here says how images behave: with images the calls are tested on tiny random models alone.",
     ))  # fmt: skip

@@ -16,7 +16,7 @@ from sklearn.metrics import pairwise_distances
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
-from torchgraft.language.representation_shift.states import _plain
+from torchgraft.language.representation_shift.states import StateSet, _plain
 
 Method = Literal["kmeans", "seminmf", "pca", "simple"]
 METHODS: tuple[Method, ...] = ("kmeans", "seminmf", "pca", "simple")
@@ -31,7 +31,9 @@ class ConceptDictionary(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
     - ``kmeans``, of the paper's analysis of shifts: U are centres, V = 1 / (1 + distance).
     - ``seminmf``: scikit-learn's ``DictionaryLearning`` with non-negative codes, solved by coordinate descent. Its
       concepts have length 1, so that a shift in the units of the states is long beside them.
-    - ``pca``: principal axes, of length 1 too, and scores about the mean.
+    - ``pca``: principal axes, of length 1 too, and scores about the mean. An axis has no sign of its own, and a state
+      belongs to the axis of its greatest score, not of its greatest absolute one; scikit-learn's choice of signs,
+      which the official code takes too, may differ between two sets of states.
     - ``simple``: the K states of greatest norm; activations as of ``kmeans``.
 
     Differs from the official code in that activations of training data are those that ``transform`` gives: for
@@ -51,6 +53,7 @@ class ConceptDictionary(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         n_iter_: steps that ``kmeans`` or ``seminmf`` took.
 
     Raises:
+        TypeError: for a StateSet instead of its states.
         ValueError: in ``fit``, for an unknown method, fewer states than concepts, or ``pca`` with more concepts than
             features.
 
@@ -164,6 +167,8 @@ class ConceptDictionary(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
 
 
 def _array(x: Any) -> Any:
+    if isinstance(x, StateSet):
+        raise TypeError("X must be states (N, D), got a StateSet; take those of a layer by its method of(layer)")
     if not isinstance(x, Tensor):
         return x
     # numpy has no bfloat16
@@ -237,7 +242,8 @@ def ground_text(
     plain = _plain(tokenizer)
     best = logits.float().topk(min(candidates, logits.shape[1]), -1).indices
     # pieces inside of words are told by the mark that whole words have; tokenizers without a mark keep all
-    marked = {mark for mark in ("Ġ", "▁") if any(token.startswith(mark) for token in plain.get_vocab())}
+    vocabulary = list(plain.get_vocab())
+    marked = {mark for mark in ("Ġ", "▁") if any(token.startswith(mark) for token in vocabulary)}
     found = []
     for row in best.tolist():
         words: dict[str, None] = {}

@@ -105,9 +105,10 @@ class ConceptShift:
             layer: of the sets, where they hold several.
 
         Raises:
-            TypeError: for a set and a tensor.
+            TypeError: for a set and a tensor, or neither.
             ValueError: for no common samples, different tokenizers, tensors of different shapes, widths that are not
-                the dictionary's, or (with ``on_empty="raise"``) a concept without a common sample.
+                the dictionary's, states that are not finite, or (with ``on_empty="raise"``) a concept without a common
+                sample.
             sklearn.exceptions.NotFittedError: for a dictionary that was not fitted.
         """
         check_is_fitted(self.dictionary)
@@ -118,6 +119,8 @@ class ConceptShift:
                 f"a and b must be (N, {concepts.shape[1]}), row by row, as wide as the concepts, got "
                 f"{tuple(before.shape)} and {tuple(after.shape)}"
             )
+        if not (torch.isfinite(before).all() and torch.isfinite(after).all()):
+            raise ValueError("a and b must be finite, got states that are not")
         self.labels_ = torch.as_tensor(self.dictionary.assign(before))
         self.counts_ = torch.bincount(self.labels_, minlength=len(concepts))
         empty = (self.counts_ == 0).nonzero().flatten().tolist()
@@ -164,27 +167,36 @@ def _paired(a: StateSet | Tensor, b: StateSet | Tensor, layer: Layer | None) -> 
     if isinstance(a, StateSet) and isinstance(b, StateSet):
         of_a, of_b = common_rows(a, b)
         return a.of(layer)[of_a], b.of(layer)[of_b]
-    if isinstance(a, StateSet) or isinstance(b, StateSet):
-        raise TypeError("a and b must both be StateSets, which are paired by id, or both be tensors, paired row by row")
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        raise TypeError(
+            "a and b must both be StateSets, which are paired by id, or both be tensors, paired row by row, got "
+            f"{type(a).__name__} and {type(b).__name__}"
+        )
     return a, b
 
 
 def match_concepts(original: Any, finetuned: Any) -> np.ndarray:
     """Which fine-tuned concept (K,) belongs to each original one: the pairing of greatest total cosine.
 
+    Signs count, also of principal axes, which have none of their own.
+
     Raises:
-        ValueError: for concepts of different shapes.
+        ValueError: for concepts of different shapes, or not finite.
     """
     from scipy.optimize import linear_sum_assignment
 
     a, b = (_units(x) for x in (original, finetuned))
     if a.shape != b.shape:
         raise ValueError(f"original and finetuned concepts must have the same shape, got {a.shape} and {b.shape}")
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError("original and finetuned concepts must be finite, got values that are not")
     return np.asarray(linear_sum_assignment(-(a @ b.T))[1])
 
 
 def _units(x: Any) -> np.ndarray:
     found: np.ndarray = np.asarray(_array(x), dtype=np.float64)
+    if found.ndim != 2:
+        raise ValueError(f"concepts must be (K, D), got {found.shape}")
     return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), np.finfo(np.float64).tiny)
 
 
@@ -215,7 +227,7 @@ def recovery_report(
         A relative gain over nothing is NaN.
 
     Raises:
-        ValueError: for different shapes.
+        ValueError: for different shapes, or concepts that are not finite.
 
     Example:
         >>> u = np.eye(2)
@@ -225,6 +237,8 @@ def recovery_report(
     u_a, u_s, u_b = (np.asarray(_array(x), dtype=np.float64) for x in (original, shifted, finetuned))
     if u_a.shape != u_s.shape:
         raise ValueError(f"shifted and original concepts must have the same shape, got {u_s.shape} and {u_a.shape}")
+    if not np.isfinite(u_s).all():
+        raise ValueError("shifted concepts must be finite, got values that are not")
     match = match_concepts(u_a, u_b)
     u_b = u_b[match]
     report: dict[str, np.ndarray] = {"match": match}

@@ -27,6 +27,8 @@ Id = int | str
 POSITIONS: tuple[Position, ...] = ("toi", "last", "mean_generated", "before_eos")
 # keys of a batch that are not arguments of the model
 _OURS = ("ids", "labels")
+# of generation, which this module sets
+_SET = ("use_cache", "return_dict_in_generate")
 
 
 def module_of(model: nn.Module, layer: Layer) -> nn.Module:
@@ -44,9 +46,26 @@ def module_of(model: nn.Module, layer: Layer) -> nn.Module:
     return access.final_norm
 
 
+def refuse_virtual_tokens(model: nn.Module) -> None:
+    """Adapters of peft that put tokens of their own before the prompt have no place in the batch.
+
+    Raises:
+        TypeError: when such an adapter is active.
+    """
+    settings: Any = getattr(model, "active_peft_config", None)
+    if getattr(settings, "is_prompt_learning", False):
+        raise TypeError(
+            f"model must not have an active {settings.peft_type.value} adapter, whose tokens stand before the prompt; "
+            "adapters inside of layers, such as LoRA, are read and steered"
+        )
+
+
 @contextmanager
 def edited_outputs(model: nn.Module, edits: Mapping[Layer, Edit]) -> Iterator[None]:
-    """Change outputs (B, T, D) of layers, or of the final norm, until the block ends or raises."""
+    """Change outputs (B, T, D) of layers, or of the final norm, until the block ends or raises.
+
+    What ``torch.compile`` made of a model knows no hooks that came later, so that nothing compiled runs in the block.
+    """
     modules = {layer: module_of(model, layer) for layer in edits}
 
     def hook_of(edit: Edit) -> Callable[..., Any]:
@@ -59,6 +78,7 @@ def edited_outputs(model: nn.Module, edits: Mapping[Layer, Edit]) -> Iterator[No
     with ExitStack() as hooks:
         for layer, module in modules.items():
             hooks.callback(module.register_forward_hook(hook_of(edits[layer])).remove)
+        hooks.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
 
@@ -314,15 +334,19 @@ def collect_states(
 
     Args:
         model: a transformers language model of a family of this room, or a multimodal one whose decoder is of such a
-            family (LLaVA, Qwen2-VL, Idefics, SmolVLM, Gemma 3), also inside a peft model.
+            family (LLaVA, PaliGemma, Qwen2-VL to Qwen3-VL, Idefics 2 and 3, SmolVLM, Gemma 3, InternVL, Mistral 3),
+            also inside a peft model: what is active there is read, merged or not.
         batches: mappings of what the model takes: ``input_ids`` (B, T), ``attention_mask``, ``pixel_values`` and so on,
             as a processor makes them. Besides ``ids``, B names of samples (running numbers where absent), and with
             teacher forcing ``labels`` (B, T), -100 where a token is not of the answer. Where absent all tokens are, up
-            to the first end token, so that prompts of a chat template need labels. Prompts to generate from must be
-            padded on the left; a cache of what all of them begin with may come along.
+            to the first end token, image tokens too, so that prompts of a chat template and means over answers about
+            images need labels. With teacher forcing padding may be on either side; prompts to generate from must be
+            padded on the left; a cache of what all of them begin with may come along. PaliGemma wants
+            ``token_type_ids`` that are 1 in the answer, or reads it in both directions.
         layers: numbers of blocks, from the end where negative, and ``"norm"`` for the final norm, which fits the head.
-        token_of_interest: the word, or words that count as one, for ``position="toi"``. A word split into tokens is
-            found by all of them, and its first one gives the state.
+        token_of_interest: the word, or words that count as one, for ``position="toi"`` alone. A word split into tokens
+            is found by all of them, and its first one gives the state. Letters count as they are: the official code
+            looks for "Dog" with "dog", which is ``["dog", "Dog"]`` here.
         position: ``toi``, the first such word in the answer; ``last``, the answer's last token; ``mean_generated``,
             the mean over its tokens; ``before_eos``, that without the end token.
         teacher_forcing: read answers, or generate them.
@@ -337,10 +361,12 @@ def collect_states(
         word is the first token and so is predicted by none, are in ``ids`` but not in ``mask``.
 
     Raises:
-        TypeError: for a model of another kind.
-        ValueError: for layers that are not there, unknown ``position`` or ``at``, ``toi`` without word or tokenizer,
-            no batches, ids that repeat, beams, prompts padded on the right, or hidden states of another length than
-            ``input_ids`` (image tokens must be expanded in them, as processors of transformers 5 do).
+        TypeError: for a model of another kind or with an active prompt-tuning adapter of peft, or one batch instead
+            of several.
+        ValueError: for layers that are not there, unknown ``position`` or ``at``, ``toi`` without word or tokenizer, a
+            word without ``toi``, no batches, batches without ``input_ids``, no sample with a state, ids that repeat,
+            beams, options of generation with teacher forcing, prompts padded on the right, or hidden states of another
+            length than ``input_ids`` (image tokens must be expanded in them, as processors of transformers 5 do).
 
     Example:
         >>> batch = tokenizer(["A red dog", "A cat and a dog"], padding=True, return_tensors="pt")  # doctest: +SKIP
@@ -354,8 +380,17 @@ def collect_states(
         raise ValueError(f"at must be 'predicts' or 'holds', got {at!r}")
     if position == "toi" and (token_of_interest is None or tokenizer is None):
         raise ValueError("position 'toi' needs token_of_interest and tokenizer; or choose 'last' or 'mean_generated'")
-    if generation.get("num_beams", 1) != 1:
-        raise ValueError(f"num_beams must be 1, got {generation['num_beams']}; beams mix the states of samples")
+    if position != "toi" and token_of_interest is not None:
+        raise ValueError(f"token_of_interest goes with position 'toi', got {token_of_interest!r} and {position!r}")
+    if teacher_forcing and generation:
+        raise ValueError(f"{sorted(generation)} are of generation; set teacher_forcing=False, or leave them out")
+    for name in ("num_beams", "num_return_sequences"):
+        if generation.get(name, 1) != 1:
+            raise ValueError(f"{name} must be 1, got {generation[name]}; more mix the states of samples")
+    if given_too := sorted(set(_SET) & set(generation)):
+        raise ValueError(f"{given_too} are set here; leave them out")
+    refuse_virtual_tokens(model)
+    layers = list(dict.fromkeys(layers))
     if not layers:
         raise ValueError("layers must be at least one, got none")
     for layer in layers:
@@ -382,6 +417,10 @@ def collect_states(
 
     with evaluating(model):
         for batch in batches:
+            if not isinstance(batch, Mapping):
+                raise TypeError(f"batches must be mappings, got {type(batch).__name__}; put a single batch in a list")
+            if "input_ids" not in batch:
+                raise ValueError(f"batches must hold input_ids, got {list(batch)}")
             given = {key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items() if key not in _OURS}
             tokens = given["input_ids"]
             read = given.setdefault("attention_mask", torch.ones_like(tokens)).bool()
@@ -403,9 +442,12 @@ def collect_states(
                     raise ValueError("prompts to generate from must be padded on the left; set padding_side='left'")
                 streams: dict[Layer, list[Tensor]] = {layer: [] for layer in layers}
                 known = cached_length([*given.values(), *generation.values()])
-                options = {"do_sample": False, "max_new_tokens": max_new_tokens} | generation
+                options: dict[str, Any] = {
+                    "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "max_new_tokens": max_new_tokens,
+                    "use_cache": True, "return_dict_in_generate": False,
+                }  # fmt: skip
                 with edited_outputs(model, {layer: _append(streams[layer]) for layer in layers}):
-                    whole = inner.generate(**given, **options, use_cache=True)
+                    whole = inner.generate(**given, **(options | generation))
                 answer = torch.ones_like(whole, dtype=torch.bool)
                 answer[:, : tokens.shape[1]] = False
                 read = torch.cat([read, answer[:, tokens.shape[1] :]], 1)
@@ -428,6 +470,14 @@ def collect_states(
                           for row, shown in zip(tokens, answer, strict=True)]  # fmt: skip
     if not masks:
         raise ValueError("batches must be at least one, got none")
+    if not any(mask.any() for mask in masks):
+        raise ValueError(
+            f"none of {len(ids)} samples has a state at {position!r}, {at!r}: "
+            + (f"{token_of_interest!r} must be in an answer" if position == "toi" else "answers must have tokens")
+            + (", after its first token" if at == "predicts" else "")
+            + (", before its last one, which generation does not read" if not teacher_forcing and at == "holds" else "")
+            + (f"; the first answer is {texts[0][:60]!r}" if texts else "")
+        )
     return StateSet(
         {layer: torch.cat(parts) for layer, parts in found.items()},
         tuple(ids),

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from torchgraft.language._access import Access, Edit, unwrapped
 from torchgraft.language.representation_shift.concepts import ConceptDictionary
-from torchgraft.language.representation_shift.states import Layer, StateSet, cached_length, edited_outputs, module_of
+from torchgraft.language.representation_shift.states import (
+    Layer,
+    StateSet,
+    cached_length,
+    edited_outputs,
+    module_of,
+    refuse_virtual_tokens,
+)
 
 Where = Literal["all", "generated", "last"] | int
 
@@ -186,7 +193,8 @@ def _generating(model: nn.Module, clock: _Clock) -> Iterator[None]:
 
     @functools.wraps(original)
     def generate(*args: Any, **kwargs: Any) -> Any:
-        given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
+        # embeddings are what is read where tokens come with them
+        given = [kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids")]
         prompts = [each for each in given if isinstance(each, Tensor)]
         clock.prompt = prompts[0].shape[1] if prompts else 1
         try:
@@ -215,6 +223,7 @@ def steer(
     """Add ``alpha * vector`` to outputs of layers, in forward passes and in ``generate``, until the block ends.
 
     Section 5 of Khayatan et al. Hooks go at the end, also after an exception; blocks nest, and what they add, adds up.
+    Inside, compiled models run uncompiled.
 
     Args:
         model: see ``collect_states``; multimodal models are steered in their decoder.
@@ -230,7 +239,8 @@ def steer(
             addition to the paper.
 
     Raises:
-        TypeError: for a model of another kind.
+        TypeError: for a model of another kind, or with an active prompt-tuning adapter of peft, or vectors that are not
+            tensors by layer.
         ValueError: for no vectors, layers that are not there, vectors of another width or not finite, an ``alpha``
             that is not finite, unknown ``positions``, and inside the block for a condition of another shape.
 
@@ -239,6 +249,9 @@ def steer(
         ...     tokens = model.generate(**inputs)
     """
     access = Access(model)
+    refuse_virtual_tokens(model)
+    if not isinstance(vectors, Mapping) or not all(isinstance(v, Tensor) for v in vectors.values()):
+        raise TypeError(f"vectors must be tensors by layer, such as {{-1: vector}}, got {type(vectors).__name__}")
     if not vectors:
         raise ValueError("vectors must be at least one, got none")
     for layer, vector in vectors.items():
@@ -293,12 +306,22 @@ def steer(
         watch.remove()
 
 
-_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+_NUMBERS = "zero one two three four five six seven eight nine ten".split()  # noqa: SIM905
+_DIGITS = {word: str(k) for k, word in enumerate(_NUMBERS)} | {"none": "0"}
 
 
 def normalized_answer(answer: str) -> str:
-    """An answer in lower case without punctuation and surrounding space."""
-    return re.sub(r"[^\w\s]", "", answer).strip().lower()
+    """An answer as VQAv2 compares it: lower case, no articles or punctuation, "two" as "2".
+
+    As the evaluation of VQAv2 has it, but for contractions, which stay as they are written.
+
+    Example:
+        >>> [normalized_answer(a) for a in ("The two.", "2", "A T-shirt!", "3.5", "2,000")]
+        ['2', '2', 't shirt', '3.5', '2000']
+    """
+    plain = re.sub(r"(?<=\d),(?=\d)|\.(?!\d)", "", answer.lower())
+    words = re.sub(r"[^\w\s.']|_", " ", plain).split()
+    return " ".join(_DIGITS.get(word, word) for word in words if word not in ("a", "an", "the"))
 
 
 def answer_type(answer: str) -> Literal["yes/no", "number", "other"]:
@@ -311,14 +334,13 @@ def answer_type(answer: str) -> Literal["yes/no", "number", "other"]:
     word = normalized_answer(answer)
     if word in ("yes", "no"):
         return "yes/no"
-    return "number" if word.isdigit() or word in _NUMBERS else "other"
+    return "number" if word.replace(".", "", 1).isdigit() else "other"
 
 
 def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
     """The accuracy of VQAv2: the mean, over all sets of references but one, of ``min(agreeing / 3, 1)``.
 
-    Answers are compared after ``normalized_answer``; the challenge's tables of articles and contractions are not
-    applied.
+    Answers are compared after ``normalized_answer``. The code of Khayatan et al. takes ``min(agreeing / 3, 1)`` of all.
 
     Raises:
         ValueError: for fewer than two references.
