@@ -58,7 +58,8 @@ def test_noise_has_no_spikes_in_95_of_100_cases(n, p):
     largest = []
     for _ in range(300):
         Z = rng.normal(size=(n, p))
-        largest.append(np.linalg.norm(Z - Z.mean(0), 2) ** 2 / n)
+        Z -= Z.mean(0)
+        largest.append(np.linalg.eigvalsh(Z @ Z.T if n < p else Z.T @ Z)[-1] / n)
     clear = np.mean(np.array(largest) <= tracy_widom_edge(n, p))
     # 2.6 standard deviations of 300 draws at 95 %
     assert clear == pytest.approx(0.95, abs=0.033)
@@ -336,6 +337,29 @@ def test_embeddings_without_a_bulk_are_refused():
     assert EigenShield(noise=1e-3).fit(Z).n_spikes_ == 5
     with pytest.raises(ValueError, match="varies in 0 of 3"):
         EigenShield(min_components=1).fit(np.ones((10, 3)))
+
+
+@pytest.mark.parametrize("n", [400, 50])
+@pytest.mark.parametrize("solver", ["exact", "lanczos"])
+def test_directions_without_variance_are_no_dimensions(n, solver):
+    options = {"noise": "iterative", "solver": solver, "max_spikes": 10}
+    for seed in range(3):
+        Z, _ = planted(n, 60, [60.0], seed)
+        plain = EigenShield(**options).fit(Z)
+        # every third feature is dead, as behind a ReLU
+        dead = EigenShield(**options).fit(np.hstack([Z, np.full((n, 30), 7.0)]))
+        assert dead.n_spikes_ == plain.n_spikes_ == 1
+        assert dead.gamma_ == plain.gamma_
+        assert dead.sigma2_ == pytest.approx(plain.sigma2_)
+        assert np.allclose(dead.transform(np.hstack([Z, np.full((n, 30), 7.0)]))[:, :60], plain.transform(Z))
+        stream = EigenShield(**options).partial_fit(np.hstack([Z, np.full((n, 30), 7.0)]))
+        assert (stream.n_spikes_, stream.gamma_) == (1, plain.gamma_)
+
+
+def test_what_a_layer_norm_takes_away_is_no_dimension():
+    Z, _ = planted(400, 60, [60.0])
+    shield = EigenShield().fit(Z - Z.mean(1, keepdims=True))
+    assert (shield.n_spikes_, shield.gamma_, len(shield.eigenvalues_)) == (1, 59 / 400, 59)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.language.models import inputs, tiny
+from tests.language.models import CONFIGS, inputs, tiny
 from torchgraft import zoo
 from torchgraft.language._access import Access, attention_patterns, captured
 from torchgraft.language.set_based_prompting import toy_model
@@ -21,6 +22,7 @@ from torchgraft.language.talking_heads import (
     SubspaceSteer,
     accuracy,
     attention_to,
+    channel_activations,
     composition_scores,
     head_matrices,
     head_svd,
@@ -138,6 +140,48 @@ def test_scores_do_not_know_the_basis() -> None:
             torch.testing.assert_close(found.scores[kind], expected.scores[kind], equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
+def turned(matrices: HeadMatrices, distance: float) -> HeadMatrices:
+    """Queries as rotary positions leave them so far behind the key."""
+    half = matrices.q.shape[-1] // 2
+    angle = distance * 0.3 ** torch.arange(half).double()
+    first, second = matrices.q[..., :half], matrices.q[..., half:]
+    q = torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], -1)
+    return HeadMatrices(q, matrices.k, matrices.v, matrices.o, rotary=True)
+
+
+@pytest.mark.parametrize("kind", ["q", "k"])
+def test_rotary_positions_change_products_and_not_what_one_side_reads(kind: Kind) -> None:
+    near, far = turned(random_matrices(), 0), turned(random_matrices(), 5)
+    found = [composition_scores(m, [kind]).scores[kind] for m in (near, far)]
+    torch.testing.assert_close(found[0], found[1], equal_nan=True)
+    write, side = head_svd(near, 0, 1).write, getattr(near, kind)[2, 0]
+    torch.testing.assert_close(found[0][0, 1, :, 2, 0].double(), (write @ side).norm(dim=1) / side.norm())
+    # as the dense product at that distance
+    products = [composition_scores(m, [kind], reading="product").scores[kind] for m in (near, far)]
+    second = dense(far, 2, 0, kind)
+    torch.testing.assert_close(products[1][0, 1, :, 2, 0].double(), (write @ second).norm(dim=1) / second.norm())
+    assert (products[0] - products[1]).nan_to_num().abs().max() > 0.01
+    assert head_matrices(tiny("llama")).rotary
+    assert not head_matrices(tiny("gpt2")).rotary
+
+
+# all_composition_scores of TransformerLens 2.16.1 (TransformerLensOrg/TransformerLens), of the first two layers' heads
+# with the third's, on the matrices that the test makes, without norms and biases
+LENS = {
+    "q": [[0.2464368, 0.315757], [0.201509, 0.2518741], [0.1759652, 0.2913564], [0.2351236, 0.2375924]],
+    "k": [[0.2786033, 0.3626062], [0.205536, 0.3111312], [0.2378141, 0.2578828], [0.1388707, 0.2486066]],
+    "v": [[0.2287167, 0.1947464], [0.2140189, 0.266522], [0.1652706, 0.2296883], [0.2919771, 0.2547077]],
+}
+
+
+@pytest.mark.parametrize("kind", ["q", "k", "v"])
+def test_whole_scores_are_those_of_transformer_lens(kind: Kind) -> None:
+    n = torch.arange(4 * 3 * 2 * 12 * 3, dtype=torch.float64)
+    q, k, v, o = torch.sin(n * n * 0.37 + n).view(4, 3, 2, 12, 3)
+    found = composition_scores(HeadMatrices(q, k, v, o.mT, rotary=False), [kind], decomposed=False).scores[kind]
+    torch.testing.assert_close(found[:2, :, 0, 2].flatten(0, 1), torch.tensor(LENS[kind]), rtol=0, atol=1e-6)
+
+
 def test_random_directions_score_as_chance_says() -> None:
     scores = composition_scores(random_matrices(2, 8, 64, 8), ["v"]).scores["v"]
     squares = scores[~scores.isnan()].square()
@@ -166,6 +210,20 @@ def test_a_planted_channel_stands_out() -> None:
     assert only[0, :, :, 1, 0].isnan().all()
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_an_edit_scales_the_component_that_scores_name(kind: str) -> None:
+    model = tiny(kind)
+    before = head_matrices(model)
+    read, strength, write = head_svd(model, 1, 2)
+    with ChannelEdit(model, (1, 2), [1], 3.0):
+        after = head_matrices(model)
+    expected = read @ (strength * torch.tensor([1.0, 3.0, 1.0, 1.0])).diag() @ write
+    torch.testing.assert_close(after.v[1, 2] @ after.o[1, 2], expected)
+    others = torch.ones(2, 4, dtype=torch.bool)
+    others[1, 2] = False
+    assert torch.equal(after.o[others], before.o[others])
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_edits_of_weights(kind: str) -> None:
     model, given = tiny(kind), inputs()
@@ -182,7 +240,8 @@ def test_edits_of_weights(kind: str) -> None:
         torch.testing.assert_close(logits(), plain)
     with ChannelEdit(model, (0, 1), range(access.head_dim), scale=0.0):  # type: ignore[arg-type]
         gone = logits()
-        assert access.head_weights(0).o[1].abs().max() < 1e-12
+        # the mean, which the next norm takes away, stays
+        assert head_matrices(model).o[0, 1].abs().max() < 1e-12
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
     # the head cut out of what enters the output projection
@@ -196,12 +255,20 @@ def test_edits_of_weights(kind: str) -> None:
     handle.remove()
     assert (gone - plain).abs().max() > 1e-4
 
-    matrices = head_matrices(model, fold=False)
-    read, strength, write = head_svd(matrices, 0, 1)
+    # the component is the one that scores speak of: norms folded in
+    read, strength, write = head_svd(model, 0, 1)
     edit = ChannelEdit(model, (0, 1), [1], scale=0.25).apply_()
-    changed = head_matrices(model, fold=False)
+    changed = head_matrices(model)
     expected = read @ (strength * torch.tensor([1, 0.25, 1, 1])).diag() @ write
     torch.testing.assert_close(changed.v[0, 1] @ changed.o[0, 1], expected)
+    others = {name: p for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert len(others) == 1
+    stored = next(iter(others.values()))
+    width = slice(access.head_dim, 2 * access.head_dim)
+    plain_head = stored.data[width] if kind == "gpt2" else stored.data[:, width]
+    plain_head.copy_(before[next(iter(others))][width] if kind == "gpt2" else before[next(iter(others))][:, width])
+    assert torch.equal(stored, before[next(iter(others))])
+    plain_head.copy_(edit._stored[1])  # type: ignore[index]
     with pytest.raises(RuntimeError, match="applied already"):
         edit.apply_()
     edit.undo()
@@ -211,6 +278,40 @@ def test_edits_of_weights(kind: str) -> None:
     with pytest.raises(RuntimeError, match="inside"), ChannelEdit(model, (0, 1), [0]):
         raise RuntimeError("inside")
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gpt_neox"])
+def test_steering_one_head(kind: str) -> None:
+    model, given = tiny(kind), inputs()
+    channels = [(0, 1, 0), (0, 1, 2)]
+    write = head_svd(model, 0, 1).write[[0, 2]]
+    there = channel_activations(model, channels, **given)
+    with torch.no_grad():
+        plain = model(**given).logits
+        with SubspaceSteer(model, 0, write, there, head=1):
+            torch.testing.assert_close(model(**given).logits, plain)
+        # putting zero in is taking the components' part at that token away
+        with SubspaceSteer(model, 0, write, torch.zeros(2), head=1), captured(model, [0], "attention") as now:
+            gone = model(**given).logits
+        with ChannelEdit(model, (0, 1), [0, 2], 0.0), captured(model, [0], "attention") as edited_weights:
+            model(**given)
+    torch.testing.assert_close(now[0][:, -1], edited_weights[0][:, -1])
+    assert (gone - plain).abs().max() > 1e-4
+    # a patch: the other row's activation
+    with torch.no_grad():
+        with captured(model, [0], "attention") as before:
+            model(**given)
+        with SubspaceSteer(model, 0, write, there.flip(0), head=1), captured(model, [0], "attention") as now:
+            model(**given)
+    torch.testing.assert_close(now[0][:, -1] - before[0][:, -1], (there.flip(0) - there) @ write)
+    with pytest.raises(ValueError, match="at least one"):
+        channel_activations(model, [], **given)
+    with pytest.raises(ValueError, match=r"component must be 0\.\.3"):
+        channel_activations(model, [(0, 1, 4)], **given)
+    with pytest.raises(ValueError, match="within 7 tokens"):
+        channel_activations(model, [(0, 1, 3)], 7, **given)
+    with pytest.raises(ValueError, match="head must be"):
+        SubspaceSteer(model, 0, write, torch.zeros(2), head=4)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "gpt_neox"])
@@ -273,6 +374,8 @@ def test_the_laundry_list() -> None:
     assert by_hand.text == "Mary packed the key, the hat and the cup. Then Mary took out the cup, the key and the"
     with pytest.raises(ValueError, match="one is not mentioned"):
         LaundryList(tokenizer, 3).prompt(["key", "hat", "cup"], ["cup"])
+    with pytest.raises(ValueError, match="different"):
+        LaundryList(tokenizer, 3).prompt(["key", "key", "cup"], ["key", "key"])
     with pytest.raises(ValueError, match="single-token"):
         LaundryList(tokenizer, 3).prompt(["keyring", "hat", "cup"], ["cup", "hat"])
     with pytest.raises(ValueError, match="at least 2"):
@@ -310,6 +413,17 @@ def test_wrong_input_is_refused(without_shape_checks: None) -> None:
         head_svd(model, 0, 0, "vo")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="kind must be 'q', 'k' or 'v'"):
         composition_scores(model, ["o"])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="reading must be"):
+        composition_scores(model, reading="both")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="kinds must be"):
+        composition_scores(model, [])
+    with pytest.raises(ValueError, match="finite"):
+        composition_scores(HeadMatrices(*(x * math.nan for x in torch.ones(4, 2, 1, 4, 4)), rotary=False))
+    with pytest.raises(ValueError, match="at least one"):
+        accuracy(model, Words(), [])
+    three = LaundryList(Words(), 3).prompts(1)
+    with pytest.raises(ValueError, match="two options"):
+        inhibition_score(model, Words(), three, ChannelEdit(model, (0, 0), [0]), (1, 0))
     with pytest.raises(ValueError, match="later than the first layer"):
         composition_scores(model, readers=[(0, 1)])
     table = composition_scores(model)
@@ -320,6 +434,9 @@ def test_wrong_input_is_refused(without_shape_checks: None) -> None:
     for components, message in (([4], "some of 0..3"), ([], "some of 0..3"), ([1, 1], "different")):
         with pytest.raises(ValueError, match=message):
             ChannelEdit(model, (0, 0), components)
+    for wrong in ([1.0], [True]):
+        with pytest.raises(TypeError, match="whole numbers"):
+            ChannelEdit(model, (0, 0), wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="scale must be finite"):
         ChannelEdit(model, (0, 0), [0], math.inf)
     with pytest.raises(ValueError, match="head must be"):
@@ -331,6 +448,15 @@ def test_wrong_input_is_refused(without_shape_checks: None) -> None:
         SubspaceSteer(model, 0, torch.eye(4), torch.zeros(4))
     with pytest.raises(ValueError, match="independent"):
         SubspaceSteer(model, 0, torch.ones(2, 16), torch.zeros(2))
+    with pytest.raises(ValueError, match="finite"):
+        SubspaceSteer(model, 0, eye[:2] * math.nan, torch.zeros(2))
+    for steer, message in (
+        (SubspaceSteer(model, 0, eye[:2], torch.zeros(2), position=9), "within 7 tokens"),
+        (SubspaceSteer(model, 0, eye[:2], torch.zeros(3, 2)), "3 rows, got 2"),
+    ):
+        with pytest.raises(ValueError, match=message), steer:
+            model(**inputs())
+        assert not any(module._forward_hooks for module in model.modules())
     with pytest.raises(ValueError, match=r"coords must be \(2,\)"):
         SubspaceSteer(model, 0, eye[:2], torch.zeros(3))
     ids = inputs()["input_ids"]
@@ -363,3 +489,34 @@ def test_edits_of_weights_that_an_adapter_adds_to() -> None:
     merged = model.merge_and_unload()
     with ChannelEdit(merged, (0, 1), [1], scale=0.25), torch.no_grad():
         torch.testing.assert_close(found, merged(**given).logits)
+
+
+def test_edits_in_the_wrong_order_are_not_undone() -> None:
+    model = tiny("llama")
+    before = Access(model).head_weights(0).o[1].clone()
+    first, second = (ChannelEdit(model, (0, 1), [c]) for c in (0, 1))
+    first.apply_()
+    second.apply_()
+    with pytest.raises(RuntimeError, match="changed since"):
+        first.undo()
+    second.undo()
+    first.undo()
+    assert torch.equal(Access(model).head_weights(0).o[1], before)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma3_text"])
+def test_edits_in_half_precision_are_undone_to_the_bit_and_saved(kind: str, tmp_path: Path) -> None:
+    model = tiny(kind, torch.bfloat16).train()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    edit = ChannelEdit(model, (1, 2), [0], 0.0).apply_()
+    changed = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+    assert len(changed) == 1
+    head, whole = head_svd(model, 1, 2), model.state_dict()
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert all(torch.equal(whole[name], value) for name, value in again.state_dict().items())
+    edit.undo()
+    # a component is gone: of rank 3, as far as half precision goes
+    assert head.strength[-1] < 0.02 * head_svd(model, 1, 2).strength[-1] + 0.01 * head.strength[0]
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert model.training

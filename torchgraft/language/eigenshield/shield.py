@@ -81,7 +81,9 @@ class EigenShield(TransformerMixin, BaseEstimator):
         max_spikes: of ``lanczos``; should the last of them still be a spike, ``fit`` raises.
 
     Attributes:
-        eigenvalues_, edge_, sigma2_, n_spikes_, gamma_: of the clean covariance; eigenvalues descending.
+        eigenvalues_, edge_, sigma2_, n_spikes_, gamma_: of the clean covariance; eigenvalues descending. Directions in
+            which nothing varies (constant features, what a LayerNorm takes away) do not count in gamma; ``lanczos``
+            knows of constant features alone.
         spike_strengths_: de-biased strength theta of each direction in ``spikes_``.
         spikes_: directions, (K, p), orthonormal (after whitening).
         rbns_: score of each spike, NaN without perturbed embeddings.
@@ -169,7 +171,6 @@ class EigenShield(TransformerMixin, BaseEstimator):
         centred = Z - self.mean_
         self.scale_ = _deviations((centred**2).mean(0)) if self.whiten else np.ones(p)
         centred /= self.scale_
-        total = (centred**2).sum() / n
         if self.solver == "lanczos":
             values, vectors = _largest(lambda v: centred.T @ (centred @ v) / n, p, self._wanted(n, p))
         elif p <= n:
@@ -177,7 +178,7 @@ class EigenShield(TransformerMixin, BaseEstimator):
         else:
             _, singular, vectors = np.linalg.svd(centred, full_matrices=False)
             values = singular**2 / n
-        self._find_spikes(values, vectors, n, total)
+        self._find_spikes(values, vectors, n, (centred**2).mean(0))
         if moved is None:
             self.rbns_ = np.full(len(self.spikes_), np.nan)
         elif self.nonconformity == "sensitivity":
@@ -240,7 +241,7 @@ class EigenShield(TransformerMixin, BaseEstimator):
             values, vectors = _largest(lambda v: covariance @ v, p, self._wanted(n, p))
         else:
             values, vectors = _eigh(covariance)
-        self._find_spikes(values, vectors, n, np.trace(covariance))
+        self._find_spikes(values, vectors, n, np.diag(covariance))
         if stream.moved:
             along = self.spikes_ / self.scale_
             moved = np.einsum("kp,pq,kq->k", along, stream.movement, along, optimize=True) / n
@@ -259,11 +260,20 @@ class EigenShield(TransformerMixin, BaseEstimator):
     def _wanted(self, n: int, p: int) -> int:
         return min(self.max_spikes + 1, p - 1, n - 1)
 
-    def _find_spikes(self, values: np.ndarray, vectors: np.ndarray, n: int, total: float) -> None:
+    def _find_spikes(self, values: np.ndarray, vectors: np.ndarray, n: int, variances: np.ndarray) -> None:
         # should anything below raise, the old directions must not be left beside the new mean
         self.__dict__.pop("components_", None)
-        p = vectors.shape[1]
+        every, total, varying = vectors.shape[1], variances.sum(), int((variances > 0).sum())
         # without its mean, a sample of n rows has n - 1 directions
+        rank = min(n - 1, varying)
+        used = min(rank, int((values > 1e-12 * values[0]).sum()))
+        if isinstance(self.noise, str) and (used == 0 or (self.solver == "exact" and 2 * used < rank)):
+            raise ValueError(
+                f"X varies in {used} of {every} directions, so that there is no bulk to measure the noise by; use "
+                "embeddings that fill their space (an earlier layer), or noise=<its variance>"
+            )
+        # constant features, and the direction that a LayerNorm takes away, hold no noise: they are no dimensions
+        p = used if self.solver == "exact" and used < rank else varying
         rank = min(n - 1, p)
         self.gamma_, self.n_samples_seen_ = p / n, n
         self.eigenvalues_ = values[:rank]
@@ -271,12 +281,6 @@ class EigenShield(TransformerMixin, BaseEstimator):
             self.sigma2_ = _noise_by_trace(self.eigenvalues_, total, rank, self.gamma_)
         else:
             self.sigma2_ = fit_noise(self.eigenvalues_, self.gamma_, self.noise)
-        if not self.sigma2_ > 1e-12 * total / p:
-            used = int((self.eigenvalues_ > 1e-12 * self.eigenvalues_[0]).sum())
-            raise ValueError(
-                f"X varies in {used} of {p} directions, so that there is no bulk to measure the noise by; use "
-                "embeddings that fill their space (an earlier layer), or noise=<its variance>"
-            )
         law = (1 + self.gamma_**0.5) ** 2 * self.sigma2_
         self.edge_ = tracy_widom_edge(n, p, self.sigma2_) if self.margin == "tracy-widom" else law
         self.n_spikes_ = int((self.eigenvalues_ > self.edge_).sum())
@@ -409,7 +413,7 @@ class EigenShield(TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self, "components_")
         Z = self._rows(X, least=2)
-        n, p = len(Z), Z.shape[1] - len(self.spikes_)
+        n, p = len(Z), round(self.gamma_ * self.n_samples_seen_) - len(self.spikes_)
         if p < 1:
             raise ValueError(f"all {len(self.spikes_)} directions are spikes; there is no room for fresh ones")
         white = (Z - self.mean_) / self.scale_

@@ -5,7 +5,7 @@ NeurIPS 2024 (arXiv 2406.09519).
 """
 
 from torchgraft.language.talking_heads.composition import Channel, ChannelTable, composition_scores, random_score
-from torchgraft.language.talking_heads.editing import ChannelEdit, SubspaceSteer, search_coords
+from torchgraft.language.talking_heads.editing import ChannelEdit, SubspaceSteer, channel_activations, search_coords
 from torchgraft.language.talking_heads.tasks import (
     IOI,
     LaundryList,
@@ -14,6 +14,7 @@ from torchgraft.language.talking_heads.tasks import (
     attention_to,
     choices,
     inhibition_score,
+    option_logits,
 )
 from torchgraft.language.talking_heads.weights import Components, HeadMatrices, head_matrices, head_svd
 
@@ -29,11 +30,13 @@ __all__ = [
     "SubspaceSteer",
     "accuracy",
     "attention_to",
+    "channel_activations",
     "choices",
     "composition_scores",
     "head_matrices",
     "head_svd",
     "inhibition_score",
+    "option_logits",
     "random_score",
     "search_coords",
 ]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Kind = Literal["q", "k", "v"]
+Reading = Literal["one-sided", "product"]
 KINDS: tuple[Kind, ...] = ("q", "k", "v")
 TITLES = {"q": "query", "k": "key", "v": "value"}
 Head = tuple[int, int]
@@ -27,14 +28,20 @@ def _triangle(x: Tensor) -> Tensor:
     return torch.linalg.qr(x, mode="r").R
 
 
-def reading_factors(matrices: HeadMatrices, kind: Kind) -> Float[Tensor, "L H D d"]:
+def reading_factors(matrices: HeadMatrices, kind: Kind, reading: Reading | None = None) -> Float[Tensor, "L H D d"]:
     """Per head a D x d matrix of the same row norms as the D x D one that the head reads with.
 
     ``W_Q W_K^T`` for queries, its transpose for keys, ``W_V W_O`` for values: an orthogonal turn of the d columns
-    changes no norm, so the second factor can be replaced by its triangle.
+    changes no norm, so the second factor can be replaced by its triangle. One-sided, ``W_Q`` and ``W_K`` themselves.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be 'q', 'k' or 'v', got {kind!r}")
+    if reading not in (None, "one-sided", "product"):
+        raise ValueError(f"reading must be 'one-sided', 'product' or None, got {reading!r}")
+    if reading is None:
+        reading = "one-sided" if matrices.rotary else "product"
+    if reading == "one-sided" and kind != "v":
+        return matrices.q if kind == "q" else matrices.k
     first, second = {
         "q": (matrices.q, matrices.k),
         "k": (matrices.k, matrices.q),
@@ -125,22 +132,41 @@ class ChannelTable:
         return pd.DataFrame([vars(channel) for channel in self.top(k)])
 
     def heatmap(self, kind: Kind = "q", by: Literal["z", "score"] = "z") -> Figure:
-        """Writers against readers, the greatest value over the writer's components."""
+        """Writers against readers, the greatest value over the writer's components; the five greatest are named.
+
+        Colours end at the greatest but one in a thousand, so that a few outliers do not leave the rest dark. A row that
+        is bright throughout is a direction that all read, rather than a channel.
+        """
         from matplotlib.figure import Figure
 
         table = self.z(kind) if by == "z" else self._of(kind)
         layers, heads = table.shape[:2]
         best = table.nan_to_num(-torch.inf).amax(2).flatten(2).flatten(0, 1)
-        figure = Figure(figsize=(6.2, 5.4), layout="constrained")
+        there = best[best > -torch.inf]
+        figure = Figure(figsize=(7.4, 6.4), layout="constrained")
         axes = figure.subplots()
-        shown = axes.imshow(best.masked_fill(best == -torch.inf, torch.nan).numpy(), cmap="viridis", aspect="auto")
-        figure.colorbar(shown, label="greatest z" if by == "z" else "greatest score")
+        shown = axes.imshow(
+            best.masked_fill(best == -torch.inf, torch.nan).numpy(), cmap="viridis", aspect="auto",
+            interpolation="none", vmax=there.quantile(0.999).item() if len(there) else None,
+        )  # fmt: skip
+        figure.colorbar(shown, label="greatest z" if by == "z" else "greatest score", extend="max")
+        lines = []
+        for rank, place in enumerate(best.flatten().topk(min(5, len(there))).indices.tolist(), 1):
+            writer, reader = divmod(place, best.shape[1])
+            axes.plot(reader, writer, "o", markersize=10, markerfacecolor="none", markeredgecolor="#D55E00")
+            axes.annotate(
+                str(rank), (reader, writer), xytext=(6, 4), textcoords="offset points", color="white", fontsize=9,
+                bbox={"facecolor": "#D55E00", "edgecolor": "none", "pad": 1},
+            )  # fmt: skip
+            lines.append("{}: {}.{} to {}.{}".format(rank, *divmod(writer, heads), *divmod(reader, heads)))
+        # below the diagonal nothing is drawn
+        axes.text(0.02, 0.02, "\n".join(lines), transform=axes.transAxes, fontsize=9, va="bottom")
         marks = [heads * layer + (heads - 1) / 2 for layer in range(0, layers, max(1, layers // 10))]
         names = [str(layer) for layer in range(0, layers, max(1, layers // 10))]
         axes.set_xticks(marks, names)
         axes.set_yticks(marks, names)
-        axes.set(xlabel="reader (layer; heads in order)", ylabel="writer (layer; heads in order)")
-        axes.set_title(f"{TITLES[kind]} composition", fontsize=10)
+        axes.set(xlabel="reader: layer, its heads in order", ylabel="writer: layer, its heads in order")
+        axes.set_title(f"{TITLES[kind]} composition (numbered: the greatest, layer.head)", fontsize=10)
         return figure
 
 
@@ -151,6 +177,7 @@ def composition_scores(
     *,
     decomposed: bool = True,
     readers: Sequence[Head] | None = None,
+    reading: Reading | None = None,
 ) -> ChannelTable:
     """Composition scores of all pairs of heads, from weights alone (sections 2.2 and 3 of the paper).
 
@@ -158,19 +185,26 @@ def composition_scores(
     direction has ``1 / sqrt(D)`` on average (root mean square). Of whole matrices: ``||W1 W2|| / (||W1|| ||W2||)``
     (Elhage et al., 2021), which is the mean of the components' scores, weighted by their squared singular values.
 
-    Heads of one layer do not compose, and are left out. With rotary positions queries and keys are read as they are
-    before the turn: exact for how much of the write direction is taken in by either side, and for their product at
-    distance 0.
+    Heads of one layer do not compose, and are left out. Heads that share keys (grouped queries) tie in what they read
+    with those alone.
+
+    Rotary positions put a turn between ``W_Q`` and ``W_K^T`` that depends on the distance of the two tokens, so that
+    there is no one ``W_Q W_K^T``. What one side takes in, ``||w W_Q|| / ||W_Q||``, does not change with the turn, which
+    is orthogonal: this is what is scored there.
 
     Args:
         model: as in ``head_matrices``, or its result.
         kinds: which compositions.
         decomposed: by component of the writer; otherwise by matrix, the baseline that the paper finds noisy.
         readers: (layer, head) of those wanted; the rest of the table is nan.
+        reading: of queries and keys. ``product`` reads with ``W_Q W_K^T``, with rotary positions that of distance 0;
+            ``one-sided`` with ``W_Q`` or ``W_K``. The default is ``one-sided`` for models with rotary positions and
+            ``product``, the paper's, for others.
 
     Raises:
         TypeError: for a model of another kind.
-        ValueError: for an unknown kind, a head that there is not, or a reader in the first layer.
+        ValueError: for an unknown kind or reading, no kinds, weights that are not finite, a head that there is not, or
+            a reader in the first layer.
 
     Example:
         >>> from torchgraft.language.set_based_prompting import toy_model
@@ -179,6 +213,8 @@ def composition_scores(
         (torch.Size([2, 2, 16, 2, 2]), 5)
     """
     matrices = model if isinstance(model, HeadMatrices) else head_matrices(model)
+    if not kinds:
+        raise ValueError("kinds must be some of 'q', 'k' and 'v', got none")
     layers, heads, _, components = matrices.shape
     wanted = {layer: list(range(heads)) for layer in range(1, layers)}
     if readers is not None:
@@ -191,13 +227,13 @@ def composition_scores(
     parts = written(matrices)
     scores: dict[Kind, Tensor] = {}
     for kind in kinds:
-        factors = reading_factors(matrices, kind)
+        factors = reading_factors(matrices, kind, reading)
         found = torch.full((layers, heads, components, layers, heads), torch.nan)
         for layer, some in wanted.items():
-            reading = factors[layer, some]
+            reader = factors[layer, some]
             # (writers and components, D) times (D, readers and d): one product for a layer of readers
-            taken = parts.write[:layer].flatten(0, 2) @ reading.movedim(0, 1).flatten(1)
-            norms = taken.unflatten(1, (len(some), -1)).norm(dim=-1) / reading.flatten(1).norm(dim=1)
+            taken = parts.write[:layer].flatten(0, 2) @ reader.movedim(0, 1).flatten(1)
+            norms = taken.unflatten(1, (len(some), -1)).norm(dim=-1) / reader.flatten(1).norm(dim=1)
             found[:layer, :, :, layer, some] = norms.unflatten(0, (layer, heads, components)).cpu().float()
         scores[kind] = found
     strength = parts.strength.cpu().float()

@@ -101,11 +101,14 @@ class LaundryList:
         """
         missing = [item for item in items if item not in self._known]
         left = [k for k, item in enumerate(items) if item not in mentioned]
-        if missing or len(left) != 1 or len(mentioned) != len(items) - 1:
-            raise ValueError(f"need single-token items of which one is not mentioned, got {items} and {mentioned}")
+        again = [item for item in items if item in mentioned]
+        if missing or len(left) != 1 or sorted(mentioned) != sorted(again) or len(set(items)) < len(items):
+            raise ValueError(
+                f"need different single-token items of which one is not mentioned, got {items} and {mentioned}"
+            )
         listed = ", ".join(f"the {item}" for item in items[:-1]) + f" and the {items[-1]}"
-        again = ", ".join(f"the {item}" for item in mentioned)
-        text = f"{name} packed {listed}. Then {name} took out {again} and the"
+        out = ", ".join(f"the {item}" for item in mentioned)
+        text = f"{name} packed {listed}. Then {name} took out {out} and the"
         return _prompt(self._tokenizer, text, items, left[0], self._known)
 
     def prompts(self, count: int) -> list[Prompt]:
@@ -154,16 +157,28 @@ class IOI:
 
 
 @torch.no_grad()
-def choices(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], batch_size: int = 32) -> Tensor:
-    """Which option has the greatest logit after each prompt, (prompts,)."""
+def option_logits(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], batch_size: int = 32) -> list[Tensor]:
+    """Logits of each prompt's options after it, in float32.
+
+    Raises:
+        ValueError: for no prompts.
+    """
+    if not prompts:
+        raise ValueError("prompts must be at least one")
+    device = next(model.parameters()).device
     found = []
     for start in range(0, len(prompts), batch_size):
         some = prompts[start : start + batch_size]
-        inputs = tokenized(tokenizer, [prompt.text for prompt in some], next(model.parameters()).device)
+        inputs = tokenized(tokenizer, [prompt.text for prompt in some], device)
         last = inputs["attention_mask"].sum(1) - 1
-        ends = model(**inputs).logits[torch.arange(len(some), device=last.device), last].cpu()
-        found += [int(row[list(prompt.ids)].argmax()) for row, prompt in zip(ends, some, strict=True)]
-    return torch.tensor(found)
+        ends = model(**inputs).logits[torch.arange(len(some), device=device), last].float().cpu()
+        found += [row[list(prompt.ids)] for row, prompt in zip(ends, some, strict=True)]
+    return found
+
+
+def choices(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], batch_size: int = 32) -> Tensor:
+    """Which option has the greatest logit after each prompt, (prompts,)."""
+    return torch.tensor([int(logits.argmax()) for logits in option_logits(model, tokenizer, prompts, batch_size)])
 
 
 def accuracy(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], batch_size: int = 32) -> float:
@@ -204,12 +219,19 @@ def inhibition_score(
 
     ``a(END -> IO) - a(END -> S1)`` without the edit less the same with it (section 4): positive where what was edited
     away kept the head from the wrong name.
+
+    Raises:
+        ValueError: for no prompts, prompts that are not of two options, or a head that there is not.
     """
+
+    if not prompts or any(len(prompt.options) != 2 for prompt in prompts):
+        raise ValueError("prompts must be at least one, each of two options, as IOI makes them")
+    device = next(model.parameters()).device
 
     def preference() -> Tensor:
         found = []
         for prompt in prompts:
-            ids = torch.tensor([tokenizer(prompt.text)["input_ids"]])
+            ids = torch.tensor([tokenizer(prompt.text)["input_ids"]], device=device)
             wrong = 1 - prompt.answer
             places = (prompt.places[prompt.answer][0], prompt.places[wrong][0])
             right, other = attention_to(model, ids, *mover, -1, places)[0]

@@ -22,8 +22,8 @@ class HeadMatrices:
         q, k, v: (L, H, D, d), the gain of the norm before the attention folded in; with fewer key and value heads than
             query heads they are repeated.
         o: (L, H, d, D); where the next reader's norm takes the mean away, rows have mean zero.
-        rotary: whether positions turn queries and keys. The turn is orthogonal: norms of what a reader takes in are
-            the same without it, products of queries and keys are those at distance 0.
+        rotary: whether positions turn queries and keys. The turn is orthogonal: norms of what queries or keys take in
+            are the same without it; products of queries and keys are those at distance 0.
     """
 
     q: Float[Tensor, "L H D d"]
@@ -44,9 +44,13 @@ class HeadMatrices:
         Raises:
             ValueError: naming what there is.
         """
-        layers, heads = self.shape[:2]
-        if not 0 <= layer < layers or not 0 <= head < heads:
-            raise ValueError(f"head must be (0..{layers - 1}, 0..{heads - 1}), got ({layer}, {head})")
+        check_head(*self.shape[:2], layer, head)
+
+
+def check_head(layers: int, heads: int, layer: int, head: int) -> None:
+    """Refuse a head that there is not."""
+    if not 0 <= layer < layers or not 0 <= head < heads:
+        raise ValueError(f"head must be (0..{layers - 1}, 0..{heads - 1}), got ({layer}, {head})")
 
 
 def head_matrices(model: nn.Module, *, fold: bool = True) -> HeadMatrices:
@@ -70,26 +74,41 @@ def head_matrices(model: nn.Module, *, fold: bool = True) -> HeadMatrices:
         (2, 2, 32, 16)
     """
     access = Access(model)
-    found: dict[str, list[Tensor]] = {"q": [], "k": [], "v": [], "o": []}
-    for index in range(len(access.layers)):
-        weights = access.head_weights(index)
-        parts = {"q": weights.q, "k": weights.k, "v": weights.v, "o": weights.o}
-        parts = {name: w.detach().to(torch.promote_types(w.dtype, torch.float32)) for name, w in parts.items()}
-        if fold:
-            norm = access.attention_norm(index)
-            gain = norm_gain(norm, access.hidden_size).detach().to(parts["q"])
-            for name in ("q", "k", "v"):
-                parts[name] = gain[:, None] * parts[name]
-            for name in ("q", "k") if access.family.normed else ():
-                own = getattr(access.attention(index), f"{name}_norm")
-                parts[name] = parts[name] * norm_gain(own, access.head_dim).detach().to(parts[name])
-            if access.family.added[0] == "post_attention_layernorm":
-                parts["o"] = parts["o"] * norm_gain(access.site(index, "attention"), access.hidden_size).to(parts["o"])
-            if isinstance(norm, nn.LayerNorm):
-                parts["o"] = parts["o"] - parts["o"].mean(-1, keepdim=True)
-        for name, weight in parts.items():
-            found[name].append(weight.detach())
-    return HeadMatrices(**{name: torch.stack(parts) for name, parts in found.items()}, rotary=access.family.rotary)
+    layers = [layer_matrices(access, index, fold=fold) for index in range(len(access.layers))]
+    q, k, v, o = (torch.stack(parts) for parts in zip(*layers, strict=True))
+    return HeadMatrices(q, k, v, o, rotary=access.family.rotary)
+
+
+def layer_matrices(access: Access, index: int, *, fold: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``q, k, v, o`` of one layer, as in ``HeadMatrices``."""
+    weights = access.head_weights(index)
+    q, k, v, o = (
+        w.detach().to(torch.promote_types(w.dtype, torch.float32)) for w in (weights.q, weights.k, weights.v, weights.o)
+    )
+    if not fold:
+        return q, k, v, o
+    norm = access.attention_norm(index)
+    gain = norm_gain(norm, access.hidden_size).detach().to(q)[:, None]
+    q, k, v = gain * q, gain * k, gain * v
+    if access.family.normed:
+        attention = access.attention(index)
+        q, k = (
+            part * norm_gain(attention.get_submodule(name), access.head_dim).detach().to(part)
+            for part, name in ((q, "q_norm"), (k, "k_norm"))
+        )
+    added = added_gain(access, index)
+    if added is not None:
+        o = o * added.to(o)
+    if isinstance(norm, nn.LayerNorm):
+        o = o - o.mean(-1, keepdim=True)
+    return q, k, v, o
+
+
+def added_gain(access: Access, index: int) -> Tensor | None:
+    """Gain (D,) of the norm that what the attention adds passes in Gemma 2 and 3; None elsewhere."""
+    if access.family.added[0] != "post_attention_layernorm":
+        return None
+    return norm_gain(access.site(index, "attention"), access.hidden_size).detach()
 
 
 class Components(NamedTuple):
@@ -108,6 +127,8 @@ class Components(NamedTuple):
 
 def _product_svd(left: Tensor, right: Tensor) -> Components:
     """SVD of ``left @ right`` (..., D, d) (..., d, D) from d x d numbers alone; nothing of D x D is formed."""
+    if not (left.isfinite().all() and right.isfinite().all()):
+        raise ValueError("the model's weights must be finite, got NaN or infinity in a head")
     q_left, r_left = torch.linalg.qr(left)
     q_right, r_right = torch.linalg.qr(right.mT)
     u, s, vh = torch.linalg.svd(r_left @ r_right.mT)
@@ -126,7 +147,7 @@ def head_svd(model: nn.Module | HeadMatrices, layer: int, head: int, kind: Liter
 
     Raises:
         TypeError: for a model of another kind.
-        ValueError: for a head that there is not, or another kind.
+        ValueError: for a head that there is not, another kind, or weights that are not finite.
 
     Example:
         >>> from torchgraft.language.set_based_prompting import toy_model
@@ -134,14 +155,16 @@ def head_svd(model: nn.Module | HeadMatrices, layer: int, head: int, kind: Liter
         >>> read.shape, strength.shape, write.shape
         (torch.Size([32, 16]), torch.Size([16]), torch.Size([16, 32]))
     """
-    matrices = model if isinstance(model, HeadMatrices) else head_matrices(model)
-    matrices.check(layer, head)
     if kind not in ("ov", "qk"):
         raise ValueError(f"kind must be 'ov' or 'qk', got {kind!r}")
-    at = (layer, head)
-    if kind == "ov":
-        return _product_svd(matrices.v[at], matrices.o[at])
-    return _product_svd(matrices.q[at], matrices.k[at].mT)
+    if isinstance(model, HeadMatrices):
+        model.check(layer, head)
+        q, k, v, o = (part[layer, head] for part in (model.q, model.k, model.v, model.o))
+    else:
+        access = Access(model)
+        check_head(len(access.layers), access.heads, layer, head)
+        q, k, v, o = (part[head] for part in layer_matrices(access, layer))
+    return _product_svd(v, o) if kind == "ov" else _product_svd(q, k.mT)
 
 
 def written(matrices: HeadMatrices) -> Components:
