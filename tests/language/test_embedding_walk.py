@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from scipy.stats import spearmanr
 from sklearn.utils.estimator_checks import check_estimator
 from torch import nn
 
@@ -29,7 +33,8 @@ from torchgraft.language.embedding_walk import (
     place_pattern,
     shares,
 )
-from torchgraft.language.embedding_walk.nulls import gaussian_like, rotation, shuffled_dimensions
+from torchgraft.language.embedding_walk.concepts import sparse_codes
+from torchgraft.language.embedding_walk.nulls import gaussian_like, gaussian_of_lengths, rotation, shuffled_dimensions
 
 CAUSAL = [kind for kind in CONFIGS if kind not in BIDIRECTIONAL]
 IDS = [5, 9, 17, 4, 30, 12, 8]
@@ -93,6 +98,66 @@ def test_steps_and_contributions_add_up(kind: str) -> None:
     torch.testing.assert_close(trace.token_contrib().sum(-1), parts.by_token)
     along = trace.contributions(target="context")
     torch.testing.assert_close(along.start + along.steps.sum(0), trace.positions[-1].norm(dim=-1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("gpt_neox", {"use_parallel_residual": False}), ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+     ("phi", {"qk_layernorm": True})],
+)  # fmt: skip
+def test_variants_of_a_family_add_up(kind: str, settings: dict[str, Any]) -> None:
+    model = tiny(kind, **settings)
+    trace = EmbeddingWalk(model, Letters()).walk(TEXT)
+    parts = trace.contributions()
+    torch.testing.assert_close(trace.positions[1:] - trace.positions[:-1], trace.steps[0::2] + trace.steps[1::2])
+    with torch.no_grad():
+        expected = model(TEXT[None]).logits[0].gather(1, trace.targets()[:, None])[:, 0]
+    torch.testing.assert_close(parts.total, expected, rtol=1e-6, atol=1e-6)
+    attention = parts.heads.sum((1, 3)) + parts.attention_bias
+    torch.testing.assert_close(attention, parts.steps[0::2], rtol=1e-6, atol=1e-6)
+
+
+def test_an_adapter_walks_too() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    model = peft.get_peft_model(tiny("llama"), config).double().eval()
+    walker = EmbeddingWalk(model, Letters())
+    parts = walker.walk(TEXT).contributions()
+    attention = parts.heads.sum((1, 3)) + parts.attention_bias
+    torch.testing.assert_close(attention, parts.steps[0::2], rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        out = model(input_ids=TEXT[None], labels=TEXT[None])
+        with ablate_association(model, "zero"):
+            assert not torch.allclose(model(input_ids=TEXT[None]).logits, out.logits)
+        assert torch.equal(model(input_ids=TEXT[None]).logits, out.logits)
+    assert walker.path_logprob(IDS) == pytest.approx(-float(out.loss) * 6, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+def test_a_model_that_breaks_is_left_as_it_was(kind: str) -> None:
+    model = tiny(kind)
+    model.train()
+    walker, layer = EmbeddingWalk(model, Letters()), Access(model).layers[1]
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise OSError("broken")
+
+    calls = (
+        walker.walk, walker.path, walker.path_logprob, walker.proximity, walker.next_tokens,
+        lambda t: walker.reachable(t, 2), lambda t: walker.sample_paths(t, 2, 2), lambda t: walker.narrowing([t]),
+        lambda t: walker.bigrams([t, t], least=1), lambda t: classify_ops(model, {"input_ids": t.repeat(2)[None, :11]}),
+        lambda t: distance_profile(model, Letters(), [t]), lambda t: place_pattern(model, Letters(), [t]),
+    )  # fmt: skip
+    with untouched(model):
+        layer.forward = broken
+        try:
+            for call in calls:
+                with pytest.raises(OSError, match="broken"):
+                    call(TEXT.repeat(2))
+            with pytest.raises(OSError, match="broken"), ablate_association(model, "uniform"):
+                model(TEXT[None])
+        finally:
+            del layer.forward
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -168,8 +233,9 @@ def test_the_tree_holds_all_that_is_reachable(make: Any) -> None:
     assert {tuple(p) for p in pairs[joint > 2e-3].tolist()} == set(tree.paths)
 
 
-def test_samples_come_as_often_as_they_are_probable() -> None:
-    model = tiny("llama")
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+def test_samples_come_as_often_as_they_are_probable(kind: str) -> None:
+    model = tiny(kind)
     walker = EmbeddingWalk(model, Letters())
     with untouched(model):
         drawn = walker.sample_paths(IDS, n=4000, length=1, seed=3)
@@ -209,8 +275,9 @@ def test_closeness_is_probability_for_the_dot_product_alone() -> None:
         assert found["dot"].p_value == pytest.approx(0.1)
 
 
-def test_maps_and_narrowing() -> None:
-    model = tiny("gemma2")
+@pytest.mark.parametrize("kind", ["gemma2", "phi", "opt"])
+def test_maps_and_narrowing(kind: str) -> None:
+    model = tiny(kind)
     walker = EmbeddingWalk(model, Letters())
     found = walker.next_tokens(TEXT, k=3)
     with torch.no_grad():
@@ -223,11 +290,19 @@ def test_maps_and_narrowing() -> None:
     columns = walker.narrowing([TEXT, TEXT.flip(0)], [1, 7])
     torch.testing.assert_close(columns[:, 1], walker.narrowing([TEXT, TEXT.flip(0)])[:, 0])
     torch.testing.assert_close(columns[0, 0], walker.path([IDS[-1]]).entropies[0])
+    started = walker.narrowing([TEXT], [1], start=3)
+    torch.testing.assert_close(started[0, 0], walker.path([3, IDS[-1]]).entropies[-1])
+    # dropout stays out of it
+    model.train()
+    assert torch.equal(walker.next_tokens(TEXT, k=3).probabilities, found.probabilities)
 
 
-def test_the_lens_ends_at_the_model_itself() -> None:
-    trace = EmbeddingWalk(tiny("gpt2"), Letters()).walk(TEXT)
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3", "gemma3_text"])
+def test_the_lens_ends_at_the_model_itself(kind: str) -> None:
+    trace = EmbeddingWalk(tiny(kind), Letters()).walk(TEXT)
     assert bool((trace.lens_ranks()[-1] == 1).all())
+    assert torch.equal(trace.lens_ranks(places=[2, 5]), trace.lens_ranks()[:, [2, 5]])
+    assert torch.equal(trace.lens_ranks(trace.targets(), [4]), trace.lens_ranks(trace.targets())[:, [4]])
     assert float(trace.distances()["context"][-1].max()) < 1e-5
     straight = trace.straightness()
     assert bool(((straight > 0) & (straight <= 1)).all())
@@ -236,14 +311,59 @@ def test_the_lens_ends_at_the_model_itself() -> None:
     assert trace.statistics(draws=3)["straightness"].null_mean < 0.8
 
 
-def test_counts_of_a_corpus() -> None:
-    torch.manual_seed(0)
-    walker = EmbeddingWalk(tiny("llama"), Letters())
-    drawn = walker.sample_paths([5], n=100, length=8, seed=1).ids
-    found = walker.bigrams(list(drawn), contexts=3, draws=5)
+def test_a_drift_that_all_tokens_share_beats_random_directions_alone() -> None:
+    trace = EmbeddingWalk(tiny("llama"), Letters()).walk(TEXT)
+    draw = torch.Generator().manual_seed(0)
+    drift = torch.randn(4, 1, 16, generator=draw).double().abs()
+    own = 0.5 * torch.randn(4, 7, 16, generator=draw).double()
+    shared = replace(trace, steps=drift + own)
+    assert shared.statistics(draws=19, null="directions")["straightness"].p_value == pytest.approx(0.05)
+    assert shared.statistics(draws=19, null="tokens")["straightness"].p_value > 0.05
+    # a direction of each token's own
+    straight = replace(trace, steps=torch.randn(1, 7, 16, generator=draw).double() + own)
+    assert straight.statistics(draws=19)["straightness"].p_value == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi", "gpt2"])
+def test_counts_of_a_corpus(kind: str) -> None:
+    walker = EmbeddingWalk(tiny(kind), Letters())
+    drawn = list(walker.sample_paths([5], n=100, length=8, seed=1).ids)
+    found = walker.bigrams(drawn, contexts=4, least=3, draws=9)
     assert set(found) == {"conditional", "pmi", "pmi, context"}
-    with pytest.raises(ValueError, match="repeat"):
+    # by hand
+    pairs = [pair for row in drawn for pair in pairwise(row.tolist())]
+    often, firsts = Counter(b for _, b in pairs), Counter(a for a, _ in pairs)
+    seconds = sorted(token for token, n in often.items() if n >= 3)
+    each = []
+    for first in sorted(firsts, key=lambda token: (-firsts[token], token))[:4]:
+        follows = Counter(b for a, b in pairs if a == first)
+        with torch.no_grad():
+            logits = walker.model(torch.tensor([[first]])).logits[0, 0, seconds]
+        each.append(spearmanr([follows[b] for b in seconds], logits.numpy()).statistic)
+    np.testing.assert_allclose(found["conditional"].each, each, atol=1e-5)
+    assert found["conditional"].value == pytest.approx(np.mean(each), abs=1e-5)
+    counts = walker.bigrams(drawn, contexts=4, least=3, draws=9, null="counts")
+    assert counts["conditional"].value == found["conditional"].value
+    # the corpus is the model's own, so that what follows a token is nearer to it than to others
+    assert found["conditional"].excess > 0.1
+    assert abs(counts["conditional"].null_mean) < 0.1
+    with pytest.raises(ValueError, match="come second"):
         walker.bigrams([[3, 4]])
+
+
+def test_what_frequency_explains_is_in_the_null_model() -> None:
+    # a model that ignores what came before, and a corpus of draws from it
+    model = tiny("llama")
+    with torch.no_grad(), ablate_association(model, "zero"):
+        for layer in Access(model).layers:
+            layer.mlp.down_proj.weight.zero_()
+        model.get_input_embeddings().weight.copy_(model.get_input_embeddings().weight[:1].expand(40, -1))
+        walker = EmbeddingWalk(model, Letters())
+        drawn = list(walker.sample_paths([5], n=300, length=10, temperature=0.3).ids)
+        plain = walker.bigrams(drawn, contexts=4, draws=19, null="counts")["conditional"]
+        held = walker.bigrams(drawn, contexts=4, draws=19)["conditional"]
+    assert plain.excess > 0.2
+    assert abs(held.excess) < 0.1
 
 
 def _naive(model: Any, layer: int, rows: torch.Tensor) -> torch.Tensor:
@@ -258,11 +378,13 @@ def _naive(model: Any, layer: int, rows: torch.Tensor) -> torch.Tensor:
     return torch.einsum("htj,hjk,hkd->td", rows, values, w.o) + w.o_bias
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3", "gemma2", "phi3", "opt", "gpt_neox"])
+@pytest.mark.parametrize(
+    ("kind", "attention"),
+    [("gpt2", "eager"), ("gemma2", "eager"), ("opt", "eager"), ("llama", "sdpa"), ("gpt_neox", "sdpa"),
+     ("phi3", "sdpa")],
+)  # fmt: skip
 def test_replaced_attention_is_the_pattern_times_the_values(kind: str, attention: str) -> None:
-    # Gemma 2 has eager attention alone
-    model = tiny(kind, attn_implementation="eager" if kind == "gemma2" else attention)
+    model = tiny(kind, attn_implementation=attention)
     access = Access(model)
     even = torch.ones(7, 7, dtype=torch.float64).tril()
     uniform = (even / even.sum(1, keepdim=True)).expand(4, 7, 7)
@@ -320,6 +442,86 @@ def test_heads_nesting_padding_cache_and_exceptions() -> None:
         assert torch.equal(model(TEXT[None]).logits, plain)
 
 
+@pytest.mark.parametrize(("kind", "attention"), [("llama", "sdpa"), ("gpt2", "eager"), ("opt", "sdpa")])
+def test_places_count_from_the_first_token_in_every_cache(kind: str, attention: str) -> None:
+    model = tiny(kind, attn_implementation=attention)
+    draw = torch.Generator().manual_seed(0)
+    table = torch.rand(2, 4, 12, generator=draw)
+    padded = torch.cat([torch.zeros(2, dtype=torch.int64), TEXT])[None]
+    mask, places = torch.tensor([[0] * 2 + [1] * 7]), torch.tensor([[0, 0, *range(7)]])
+    for mode, pattern in (
+        ("uniform", None), ("identity", None), ("position", table), ("fixed", torch.rand(2, 4, 12, 12, generator=draw)),
+    ):  # fmt: skip
+        with torch.no_grad(), ablate_association(model, mode, None, pattern):
+            whole = model(TEXT[None]).logits
+            # OPT counts places from the mask itself
+            given = {} if kind == "opt" else {"position_ids": places}
+            left = model(padded, attention_mask=mask, **given).logits[:, 2:]
+            torch.testing.assert_close(left, whole)
+            for cache in (transformers.DynamicCache(), transformers.StaticCache(model.config, max_cache_len=14)):
+                parts = [
+                    model(part, past_key_values=cache, use_cache=True).logits
+                    for part in (TEXT[None, :4], TEXT[None, 4:5], TEXT[None, 5:])
+                ]
+                torch.testing.assert_close(torch.cat(parts, 1), whole)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+def test_replaced_attention_is_seen_by_walks_and_profiles(kind: str) -> None:
+    model = tiny(kind, attn_implementation="eager" if kind == "gemma2" else "sdpa")
+    even = torch.ones(7, 7, dtype=torch.float64).tril()
+    walker = EmbeddingWalk(model, Letters())
+    with untouched(model), torch.no_grad(), ablate_association(model, "uniform", {0: [0, 1, 2, 3], 1: [2]}):
+        trace = walker.walk(TEXT)
+        hidden = model(TEXT[None], output_hidden_states=True).hidden_states[-1][0]
+        profile = distance_profile(model, Letters(), [IDS])
+        torch.testing.assert_close(walker.path(TEXT).logprobs, walker.next_tokens(TEXT, 40).probabilities[:-1].gather(
+            1, (walker.next_tokens(TEXT, 40).ids[:-1] == TEXT[1:, None]).int().argmax(1, keepdim=True)
+        )[:, 0].log())  # fmt: skip
+    torch.testing.assert_close(trace.contexts, hidden, rtol=1e-6, atol=1e-6)
+    assert trace.patterns is not None
+    rows = (even / even.sum(1, keepdim=True)).expand(4, 7, 7)
+    torch.testing.assert_close(trace.patterns[0].double(), rows)
+    torch.testing.assert_close(trace.patterns[1, 2].double(), rows[0])
+    assert not torch.allclose(trace.patterns[1, 0].double(), rows[0])
+    torch.testing.assert_close(profile[0, 0, 6], torch.tensor(1 / 7))
+    parts = trace.contributions()
+    attention = parts.heads.sum((1, 3)) + parts.attention_bias
+    torch.testing.assert_close(attention, parts.steps[0::2], rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_may_overlap() -> None:
+    model = tiny("llama")
+    with untouched(model), torch.no_grad():
+        plain = model(TEXT[None]).logits
+        with ablate_association(model, "zero", [1]):
+            second = model(TEXT[None]).logits
+        with ExitStack() as later:
+            with ExitStack() as sooner:
+                sooner.enter_context(ablate_association(model, "uniform", [0]))
+                later.enter_context(ablate_association(model, "zero", [1]))
+            assert torch.equal(model(TEXT[None]).logits, second)
+            with ablate_association(model, "uniform", [1]):
+                assert not torch.equal(model(TEXT[None]).logits, second)
+            assert torch.equal(model(TEXT[None]).logits, second)
+        assert torch.equal(model(TEXT[None]).logits, plain)
+
+
+def test_beam_search_takes_the_pattern_along() -> None:
+    model, settings = tiny("qwen2"), {"max_new_tokens": 5, "num_beams": 3, "do_sample": False}
+    with torch.no_grad(), ablate_association(model, "position", None, torch.rand(2, 4, 20)):
+        found = [model.generate(TEXT[None], use_cache=use_cache, **settings) for use_cache in (True, False)]
+    assert torch.equal(*found)
+
+
+def test_a_fixed_pattern_is_refused_where_a_window_crops_the_cache() -> None:
+    model = tiny("mistral", sliding_window=3)
+    with torch.no_grad(), ablate_association(model, "fixed", None, torch.rand(2, 4, 9, 9)):
+        cache = model(TEXT[None, :5], use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="use_cache=False"):
+            model(TEXT[None, 5:6], past_key_values=cache)
+
+
 def test_a_window_is_kept() -> None:
     model = tiny("mistral", sliding_window=3)
     seen = torch.ones(7, 7, dtype=torch.float64).tril().triu(-2)
@@ -372,10 +574,38 @@ def test_wrong_input_is_told() -> None:
             walker.narrowing([IDS], [9])
         with pytest.raises(ValueError, match="tokens must be"):
             walker.walk(IDS).contributions(torch.tensor([1]))
+        with pytest.raises(ValueError, match="tokens must be"):
+            walker.walk(IDS).lens_ranks(torch.full((7,), 40))
+        with pytest.raises(ValueError, match="places must be"):
+            walker.walk(IDS).lens_ranks(places=[7])
+        for words in (None, ["a"], [[1], [2, 3]]):
+            with pytest.raises(TypeError, match="string or token ids"):
+                walker.walk(words)
+        # one text in the place of several would be read letter by letter
+        for call in (walker.narrowing, walker.bigrams, lambda text: place_pattern(model, Letters(), text)):
+            with pytest.raises(TypeError, match="several texts"):
+                call("abc")
+        for settings in ({"length": 27}, {"n": 2.5}, {"temperature": float("inf")}):
+            with pytest.raises((ValueError, TypeError), match="must"):
+                walker.sample_paths(IDS, **settings)
+        with pytest.raises(ValueError, match="positions"):
+            walker.reachable(IDS, 27)
+        for call in (walker.walk(IDS).statistics, lambda null: walker.bigrams([IDS], null=null)):
+            with pytest.raises(ValueError, match="null must be"):
+                call(null="rubbish")
+        for k in (0, 41):
+            with pytest.raises(ValueError, match="k must be"):
+                walker.next_tokens(IDS, k)
+        for layers, pattern in (("a", None), (1, None), (None, [[1.0]])):
+            mode: Any = "uniform" if pattern is None else "position"
+            with pytest.raises(TypeError, match="must be"), ablate_association(model, mode, layers, pattern):  # type: ignore[arg-type]
+                pass
         for mode, layers, pattern, message in (
             ("rubbish", None, None, "mode"), ("uniform", [2], None, "layer"), ("uniform", {0: [4]}, None, "heads"),
             ("position", None, None, "pattern"), ("position", None, torch.rand(2, 3, 9), "pattern"),
             ("position", None, -torch.rand(2, 4, 9), "negative"), ("uniform", None, torch.rand(2, 4, 9), "pattern"),
+            ("position", None, torch.full((2, 4, 9), torch.inf), "finite"),
+            ("fixed", None, torch.rand(2, 4, 9, 5), "pattern must be"),
         ):  # fmt: skip
             with pytest.raises(ValueError, match=message), ablate_association(model, mode, layers, pattern):
                 pass
@@ -457,6 +687,8 @@ def test_operations_of_a_transformer(kind: str) -> None:
     attention = {name for name, module in model.named_modules() if module in map(Access(model).attention, (0, 1))}
     assert mixing == attention
     assert {op.kind for op in found if op.name in mixing} == {"data-dependent aggregate"}
+    # 2 products of T x T x D a layer, twice as many operations, in every implementation of attention
+    assert {op.flops for op in found if op.name in mixing} == {2 * 2 * 11 * 11 * 16}
     total = shares(found)
     assert sum(row["parameters"] for row in total.values()) == pytest.approx(1)
     tied = {id(p): p.numel() for p in model.parameters()}
@@ -524,6 +756,10 @@ def test_null_models() -> None:
     other = gaussian_like(x, draw)
     torch.testing.assert_close(other.mean(0), x.mean(0))
     torch.testing.assert_close(other.T.cov(), x.T.cov())
+    stretched = x * torch.linspace(0.1, 5, 50)[:, None].double()
+    alike = gaussian_of_lengths(stretched, draw)
+    lengths = (stretched - stretched.mean(0)).norm(dim=1)
+    torch.testing.assert_close((alike - stretched.mean(0)).norm(dim=1), lengths)
     mixed = shuffled_dimensions(x, draw)
     torch.testing.assert_close(mixed.sort(0).values, x.sort(0).values)
     turn = rotation(4, draw)
@@ -532,15 +768,41 @@ def test_null_models() -> None:
 
 def test_p_values_of_gaussian_vectors_are_uniform() -> None:
     p = []
-    for seed in range(40):
+    for seed in range(32):
         x = np.random.default_rng(seed).normal(size=(24, 3))
-        p.append(ConceptSpace(6, sparsity=1, max_iter=2).null_test(x, draws=4, seed=seed).p_value)
-    # five values equally probable: counts of each within 4 standard deviations
-    counts = np.bincount(np.round(np.array(p) * 5).astype(int), minlength=6)[1:]
-    assert counts.sum() == 40
-    assert np.abs(counts - 8).max() <= 4 * np.sqrt(40 * 0.2 * 0.8)
+        p.append(ConceptSpace(6, sparsity=1, max_iter=2).null_test(x, "gaussian", draws=3, seed=seed).p_value)
+    # four values equally probable: counts of each within 4 standard deviations
+    counts = np.bincount(np.round(np.array(p) * 4).astype(int), minlength=5)[1:]
+    assert counts.sum() == 32
+    assert np.abs(counts - 8).max() <= 4 * np.sqrt(32 * 0.25 * 0.75)
     x, _ = _planted()
     assert ConceptSpace(12, sparsity=2, max_iter=5).null_test(x[:200], draws=4).p_value == pytest.approx(0.2)
+
+
+def test_lengths_alone_are_no_concepts() -> None:
+    draw = torch.Generator().manual_seed(0)
+    # Gaussian directions, a few of which are long
+    x = torch.randn(150, 6, generator=draw).double() * torch.exp(1.5 * torch.randn(150, 1, generator=draw)).double()
+    space = ConceptSpace(12, sparsity=1, max_iter=3)
+    assert space.null_test(x.numpy(), "gaussian", draws=9, held_out=0).p_value == pytest.approx(0.1)
+    assert space.null_test(x.numpy(), "lengths", draws=9, held_out=0).p_value > 0.1
+    planted, _ = _planted()
+    assert ConceptSpace(12, sparsity=2, max_iter=8).null_test(planted[:300], "lengths").p_value == pytest.approx(0.1)
+    for bad in (-0.1, 1.0, 0.999):
+        with pytest.raises(ValueError, match="held_out"):
+            space.null_test(x.numpy(), held_out=bad)
+    with pytest.raises(ValueError, match="finite"):
+        space.null_test(np.full((4, 2), np.nan))
+
+
+def test_codes_solve_the_least_squares_of_their_atoms() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, atoms = torch.randn(20, 6, generator=draw).double(), torch.randn(15, 6, generator=draw).double()
+    atoms = nn.functional.normalize(atoms, dim=1)
+    for row, codes in zip(x, sparse_codes(x, atoms, 3), strict=True):
+        chosen = codes.nonzero()[:, 0]
+        expected = torch.linalg.lstsq(atoms[chosen].T, row[:, None]).solution[:, 0]
+        torch.testing.assert_close(codes[chosen], expected, rtol=1e-6, atol=1e-8)
 
 
 def test_statistics_of_vectors() -> None:
@@ -564,6 +826,9 @@ def test_statistics_of_vectors() -> None:
     quads = torch.tensor([[i, 10 + i, (i + 1) % 10, 10 + (i + 1) % 10] for i in range(10)])
     assert analogy_accuracy(pairs, quads, draws=9).excess > 0.3
     whole = 0.7 * noise[:20] + 0.2 * noise[20:]
+    for statistic in (axis_privilege, anisotropy, lambda v: neighbour_purity(v, [0, 1])):
+        with pytest.raises(ValueError, match="finite"):
+            statistic(torch.full((2, 3), float("nan")))
     assert compositionality(whole, noise[:20], noise[20:], draws=9).value == pytest.approx(1)
 
 

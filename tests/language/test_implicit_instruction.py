@@ -10,7 +10,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from tests.language.models import tiny
 from torchgraft.language.implicit_instruction import (
@@ -24,6 +24,7 @@ from torchgraft.language.implicit_instruction import (
     default_token_bias,
     eos_score,
     published_settings,
+    response_loss,
     response_only,
     response_ranking,
     response_scores,
@@ -46,7 +47,8 @@ def tokenizer():
 
 
 def build(family, dtype=torch.float32):
-    model = tiny(family, dtype, **WIDE)
+    still = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0) if family == "gpt2" else {}
+    model = tiny(family, dtype, **WIDE | still)
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = 256
     return model
 
@@ -242,6 +244,70 @@ def test_beams_and_prompt_lookup(tokenizer):
     assert several.shape == (4, length + 3)
 
 
+@every_family
+def test_rows_end_when_they_would_alone(tokenizer, family):
+    model, asked = build(family, torch.float64), ["Hi!", "Which towns are there, then?", "Count.", "And now?"]
+
+    def run(instructions):
+        prompts = ChatFormat().prompts(tokenizer, instructions)
+        rules = processor(tokenizer, prompts, eos_slope=180.0)
+        out = model.generate(
+            **prompts.inputs, max_new_tokens=24, do_sample=False, pad_token_id=256, logits_processor=[rules]
+        )
+        return [
+            row[: row.index(256) + 1] if 256 in row else row for row in out[:, prompts.input_ids.shape[1] :].tolist()
+        ]
+
+    together = run(asked)
+    assert len({len(row) for row in together}) > 1
+    assert min(len(row) for row in together) < 24
+    assert together == [run([instruction])[0] for instruction in asked]
+
+
+@every_family
+def test_assisted_decoding_static_cache_and_beams_that_sample(tokenizer, family):
+    model, other = build(family, torch.float64), build(family, torch.float64)
+    with torch.no_grad():
+        other.get_output_embeddings().weight.add_(0.05)
+    one = ChatFormat().prompts(tokenizer, ["Count, please."])
+    how = dict(max_new_tokens=10, pad_token_id=256, logits_processor=[processor(tokenizer, one)])
+    greedy = model.generate(**one.inputs, **how, do_sample=False)
+    assert torch.equal(greedy, model.generate(**one.inputs, **how, do_sample=False, assistant_model=other))
+    assert torch.equal(greedy, model.generate(**one.inputs, **how, do_sample=False, cache_implementation="static"))
+    # sampled beams cannot leave what a large enough bias leaves over
+    rules = processor(tokenizer, one, token_bias={65: 1e4, 66: 1e4}, rules=("uniform",))
+    beams = model.generate(
+        **one.inputs, **how | dict(logits_processor=[rules]), do_sample=True, num_beams=3, num_return_sequences=3,
+        renormalize_logits=True,
+    )  # fmt: skip
+    assert set(beams[:, one.input_ids.shape[1] :].flatten().tolist()) <= {65, 66}
+
+
+def test_half_precision_and_padded_vocabularies_generate(tokenizer):
+    model = build("llama", torch.bfloat16)
+    prompts = ChatFormat().prompts(tokenizer, ["Hi!", "Which towns are there, then?"])
+    rules = processor(tokenizer, prompts, token_bias={65: 1e4}, rules=("uniform",))
+    out = model.generate(
+        **prompts.inputs, max_new_tokens=3, do_sample=False, pad_token_id=256, logits_processor=[rules]
+    )
+    assert model.get_output_embeddings().weight.shape[0] == 264 > len(tokenizer)
+    assert (out[:, -3:] == 65).all()
+
+
+def test_one_processor_serves_many_calls_but_no_other_prompts(tokenizer):
+    model = build("llama", torch.float64)
+    prompts = ChatFormat().prompts(tokenizer, ["Hi!", "Count."])
+    rules = processor(tokenizer, prompts)
+    how = dict(max_new_tokens=6, do_sample=False, pad_token_id=256, logits_processor=[rules])
+    first = model.generate(**prompts.inputs, **how)
+    model.generate(**prompts.inputs, **how | dict(do_sample=True))
+    assert torch.equal(first, model.generate(**prompts.inputs, **how))
+    longer = ChatFormat().prompts(tokenizer, ["Which towns are there, then?", "Count."])
+    for other in (longer, ChatFormat().prompts(tokenizer, ["Ho!", "Count."])):
+        with pytest.raises(ValueError, match="do not begin with the prompt"):
+            model.generate(**other.inputs, **how)
+
+
 def test_sampling_follows_the_product(tokenizer):
     model, one = build("gpt2"), ChatFormat().prompts(tokenizer, ["Hi!"])
     # a penalty that leaves nothing but what was not seen: only a token never seen can come
@@ -307,11 +373,16 @@ def test_start_rule(tokenizer):
     [
         (3, dict(rules=("eos", "length")), ValueError, "rules must be"),
         (3, dict(rules="eos"), ValueError, "rules must be"),
+        (3, dict(rules=None), ValueError, "rules must be"),
+        (3, dict(token_bias={" I": -5.0}), TypeError, "token ids"),
+        (3, dict(token_bias=[1, 2]), TypeError, "token ids"),
+        (torch.tensor([[5, 6, 7], [5, 256, 256]]), {}, ValueError, "padded on the left"),
         (3, dict(eos_horizon=0), ValueError, "eos_horizon"),
         (3, dict(eos_slope=math.nan), ValueError, "eos_slope"),
         (3, dict(diversity_penalty=math.inf), ValueError, "diversity_penalty"),
         (3, dict(token_bias={-1: 2.0}), ValueError, "token_bias"),
         (3, dict(instruction_start=3), ValueError, "instruction_start"),
+        (torch.tensor([[5, 6, 7], [5, 6, 8]]), dict(instruction_start=[0, 1, 1]), ValueError, "each of 2 prompts"),
         (0, {}, ValueError, "prompt"),
         (torch.zeros(2, 3), {}, ValueError, "prompt"),
         ("Hi", {}, TypeError, "prompt"),
@@ -363,6 +434,39 @@ def test_exactly_responses_and_their_ends_are_trained(tokenizer):
     assert tokenizer.decode([label for label in ended["labels"] if label != -100]) == "Blue.<end>"
 
 
+# input_ids of encode_with_messages_format({"messages": TURNS}, tokenizer, 10**6), open_instruct/finetune.py of
+# john-hewitt/implicit-ins at fe1c2d8, as pieces of the tokenizer below, and where its labels are not -100
+TURNS = [
+    {"role": "user", "content": " Name a colour.\n"}, {"role": "assistant", "content": "Blue."},
+    {"role": "user", "content": "And?"}, {"role": "assistant", "content": "- Red\n- I see"},
+]  # fmt: skip
+OFFICIAL_MASK = [
+    ("<s>▁<|user|>\nName▁a▁colour.\n<|assistant|>\n", False), ("Blue.</s>\n", True),
+    ("<|user|>\nAnd?\n<|assistant|>\n", False), ("-▁Red\n-▁I▁see</s>", True),
+]  # fmt: skip
+
+
+def test_masks_equal_those_of_the_official_code_up_to_line_breaks_between_turns():
+    letters = sorted({chr(i) for i in range(33, 127)} | {"▁", "\n"})
+    pieces = ["<unk>", "<s>", "</s>", *letters]
+    inner = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    inner.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in pieces[:3]])
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    llama = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    row = ChatFormat().labels(llama, TURNS)
+    assert "".join(llama.convert_ids_to_tokens(row["input_ids"])) == "".join(text for text, _ in OFFICIAL_MASK)
+    trained = "".join(llama.convert_ids_to_tokens([label for label in row["labels"] if label != -100]))
+    official = [text for text, loss in OFFICIAL_MASK if loss]
+    assert trained == official[0].removesuffix("\n") + official[1]
+    # a prompt for generation begins as the conversation did in training
+    ids, start = ChatFormat().prompt(llama, TURNS[:3])
+    assert ids == row["input_ids"][: len(ids)]
+    assert "".join(llama.convert_ids_to_tokens(ids[start:])) == "And?\n<|assistant|>\n"
+
+
 def test_responses_alone_have_one_prompt(tokenizer):
     rows = [
         {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}], "id": q}
@@ -382,6 +486,26 @@ def test_responses_alone_have_one_prompt(tokenizer):
     assert [row["messages"][0]["content"] for row in mapped] == ["", ""]
     with pytest.raises(ValueError, match="column 'chat'"):
         response_only(rows, "chat")
+
+
+def test_response_only_lets_no_row_without_a_response_through():
+    import datasets
+    import pandas
+
+    asked = {"messages": CHAT[:1]}
+    for rows in ([{"messages": CHAT}, asked], datasets.Dataset.from_list([asked])):
+        with pytest.raises(ValueError, match="no response to train on"):
+            response_only(rows)
+    for messages, match in (
+        ([], "at least one"),
+        ("Hi", "conversation"),
+        ([{"role": "judge", "content": "x"}], "role"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            response_only([{"messages": messages}])
+    for wrong in (pandas.DataFrame([asked]), 3, ["Hi"]):
+        with pytest.raises(TypeError, match="dataset"):
+            response_only(wrong)
 
 
 def test_begin_token_is_what_the_tokenizer_puts_there(tokenizer):
@@ -436,10 +560,35 @@ def test_template_agrees_with_the_labels(tokenizer):
     assert ids == ChatFormat().prompt(tokenizer, CHAT[:1])[0]
 
 
+LETTERS = toy_model()[1]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(("user", "assistant", "system")), st.text("ab '\n|<{%", max_size=5)), min_size=1
+    ),
+    st.booleans(),
+    st.sampled_from((ChatFormat(), ChatFormat("<|A|>", "it's «B»", bos="<end>"))),
+)
+def test_template_renders_what_render_does(turns, prompt, chat):
+    messages = [{"role": role, "content": content} for role, content in turns]
+    found = LETTERS.apply_chat_template(
+        messages, chat_template=chat.chat_template(), tokenize=False, add_generation_prompt=prompt
+    )
+    assert found == chat.render(messages, LETTERS, add_generation_prompt=prompt)
+
+
 @pytest.mark.usefixtures("without_shape_checks")
 def test_wrong_conversations_are_named(tokenizer):
     chat = ChatFormat()
-    for messages, match in (([], "empty"), ([{"role": "judge", "content": "x"}], "role"), (CHAT[:1], "no response")):
+    for messages, match in (
+        ([], "at least one"),
+        ("Hi", "list of"),
+        (["Hi"], "message 0"),
+        ([{"role": "judge", "content": "x"}], "role"),
+        (CHAT[:1], "no response"),
+    ):
         with pytest.raises(ValueError, match=match):
             chat.labels(tokenizer, messages)
     with pytest.raises(ValueError, match="end with a user's"):
@@ -596,6 +745,94 @@ def test_response_tuning_with_peft(tokenizer, family, tmp_path):
     assert all(torch.equal(before[name], value) for name, value in back.items())
 
 
+def per_example(model, examples):
+    """Mean over examples of the mean loss a token, one example at a time."""
+    total = 0
+    for example in examples:
+        ids, labels = torch.tensor([example["input_ids"]]), torch.tensor(example["labels"])
+        told = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        total = total - told[labels[1:] != -100].mean()
+    return total / len(examples)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
+def test_every_example_weighs_the_same_as_published(tokenizer, family, tmp_path):
+    examples = training_examples(ROWS, tokenizer)
+    model = build(family)
+    loss = per_example(model, examples)
+    batch = ResponseCollator()(examples)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    found = response_loss(model(input_ids=ids, attention_mask=mask).logits, batch["labels"])
+    torch.testing.assert_close(found, loss, atol=1e-5, rtol=0)
+    loss.backward()
+    expected = {name: (p - 0.1 * p.grad).detach() for name, p in model.named_parameters()}
+    plain = dict(max_steps=1, learning_rate=0.1, optim="sgd", max_grad_norm=0.0, lr_scheduler_type="constant")
+    shape = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    tuned = tune(build(family).eval(), tokenizer, ROWS, arguments(tmp_path, **plain, **shape))
+    for name, p in tuned.named_parameters():
+        torch.testing.assert_close(p, expected[name], atol=2e-5, rtol=0)
+    tokens = tune(
+        build(family), tokenizer, ROWS, arguments(tmp_path, **plain, per_device_train_batch_size=4), weighting="tokens"
+    )
+    away = max((p - expected[name]).abs().max().item() for name, p in tokens.named_parameters())
+    assert away > 1e-3
+    with pytest.raises(ValueError, match=r"rows \[1\]"):
+        response_loss(torch.zeros(2, 3, 4), torch.tensor([[-100, 1, 2], [3, -100, -100]]))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_tuning_in_mixed_precision_leaves_forward_alone(tokenizer, fails, tmp_path, monkeypatch):
+    model = build("llama").eval()
+    before, kept = {n: v.clone() for n, v in model.state_dict().items()}, set(model.__dict__)
+    grad = torch.ones_like(model.lm_head.weight)
+    model.lm_head.weight.grad = grad
+    if fails:
+        monkeypatch.setattr(ResponseCollator, "__call__", lambda self, examples: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            tune(model, tokenizer, ROWS, arguments(tmp_path, bf16=True, gradient_checkpointing=True))
+        assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
+        assert model.lm_head.weight.grad is grad
+    else:
+        tune(model, tokenizer, ROWS, arguments(tmp_path, bf16=True, gradient_checkpointing=True))
+        assert any(not torch.equal(before[n], v) for n, v in model.state_dict().items())
+    assert set(model.__dict__) - {"_require_grads_hooks"} == kept
+    assert not model.get_input_embeddings()._forward_hooks
+    assert model.config.use_cache
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    fresh = build("llama")
+    fresh.load_state_dict(model.state_dict())
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(fresh(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_models_with_adapters_and_soft_prompts(tokenizer, tmp_path, monkeypatch):
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=4)
+    adapted = peft.get_peft_model(build("llama"), lora)
+    with pytest.raises(TypeError, match="adapters"):
+        tune(adapted, tokenizer, ROWS, None, peft_config=lora)
+    before = {n: v.clone() for n, v in adapted.state_dict().items()}
+    assert tune(adapted, tokenizer, ROWS, arguments(tmp_path)) is adapted
+    moved = {n for n, v in adapted.state_dict().items() if not torch.equal(v, before[n])}
+    assert moved
+    assert all("lora" in name for name in moved)
+
+    soft = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = build("llama")
+    tuned = tune(model, tokenizer, response_only(ROWS), arguments(tmp_path), peft_config=soft)
+    assert [name for name, p in tuned.named_parameters() if p.requires_grad] == [
+        "prompt_encoder.default.embedding.weight"
+    ]
+    monkeypatch.setattr(ResponseCollator, "__call__", lambda self, examples: 1 / 0)
+    for config in (soft, lora):
+        model = build("llama")
+        kept, modules = set(model.__dict__), [n for n, _ in model.named_modules()]
+        with pytest.raises(ZeroDivisionError):
+            tune(model, tokenizer, ROWS, arguments(tmp_path), peft_config=config)
+        assert set(model.__dict__) == kept
+        assert [n for n, _ in model.named_modules()] == modules
+        assert all(p.requires_grad for p in model.parameters())
+
+
 def test_tuning_that_fails_leaves_the_model(tokenizer, tmp_path):
     model = build("llama")
     before, modules = {n: v.clone() for n, v in model.state_dict().items()}, [n for n, _ in model.named_modules()]
@@ -631,7 +868,9 @@ def test_tuning_that_fails_leaves_the_model(tokenizer, tmp_path):
 
 
 @pytest.mark.usefixtures("without_shape_checks")
-def test_collator_pads_and_settings_are_the_published(tmp_path):
+def test_collator_pads_and_settings_are_the_published(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="weighting"):
+        tune(build("llama"), tokenizer, ROWS, None, weighting="sum")
     batch = ResponseCollator(9)(
         [{"input_ids": [1, 2], "labels": [-100, 2], "attention_mask": [1, 1]},
          {"input_ids": [3], "labels": [3], "attention_mask": [1]}]

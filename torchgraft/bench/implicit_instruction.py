@@ -26,9 +26,13 @@ if TYPE_CHECKING:
 
 TITLE = "The rule processor against plain generate, and shared prompts in ranking"
 OURS = "torchgraft.language.implicit_instruction"
-PEER = "transformers' generate without the rules; with them in Python and without a cache; every candidate whole"
+PEER = (
+    "transformers' generate without the rules; a step of the model for one token; generate with the rules in Python "
+    "and without a cache; every candidate whole"
+)
 
 PLAIN, UNCACHED, WHOLE = "plain generate", "rules as Python lists, no cache", "prompt computed for every candidate"
+STEP = "the model's step for one token"
 ASKED = "What is the capital of France, and what should a visitor see there in two days?"
 
 
@@ -69,6 +73,23 @@ def _generation(
     )
 
 
+def _step(model: Any, tokenizer: Any, prompts: int, new: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    asked = ChatFormat().prompts(tokenizer, [ASKED] * prompts).to(model.device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours = ImplicitInstructProcessor(tokenizer, asked)
+    more = torch.randint(len(tokenizer), (prompts, new), generator=torch.Generator().manual_seed(0))
+    ids = torch.cat([asked.input_ids, more.to(model.device)], 1)
+
+    def step() -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = model(input_ids=ids[:, -1:], use_cache=False).logits[:, -1]
+        return logits
+
+    logits = step()
+    return lambda: ours(ids, logits), step
+
+
 def _ranking(model: Any, tokenizer: Any, candidates: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
     texts = [f"Paris; and among {i} others the Louvre." for i in range(candidates)]
     score = partial(response_scores, model, tokenizer, ASKED, texts)
@@ -76,7 +97,7 @@ def _ranking(model: Any, tokenizer: Any, candidates: int) -> tuple[Callable[[], 
 
 
 def cases(quick: bool, device: str) -> list[Case]:
-    """Generation for one and eight prompts, with and without a cache, and ranking of six candidates."""
+    """Generation for one and eight prompts, the rules alone, generation without a cache, and ranking."""
     model, tokenizer = toy_model() if quick else zoo.load("smollm2-135m-instruct")
     model = model.to(device)
     torch.manual_seed(0)
@@ -88,9 +109,13 @@ def cases(quick: bool, device: str) -> list[Case]:
         )
         for prompts, new in sizes
     ]  # fmt: skip
+    for prompts, new in [(1, 4)] if quick else [(1, 64), (1, 1000), (8, 64)]:
+        make = partial(_step, model, tokenizer, prompts, new)
+        size: dict[str, Any] = {"work": "rules alone", "prompts": prompts, "new tokens": new}
+        found.append(Case(size, peer_name=STEP, make=make, repeats=3))
     for new in [4] if quick else [8, 24]:
         make = partial(_generation, model, tokenizer, 1, new, False)
-        size: dict[str, Any] = {"work": "generation", "prompts": 1, "new tokens": new}
+        size = {"work": "generation", "prompts": 1, "new tokens": new}
         found.append(Case(size, peer_name=UNCACHED, make=make, repeats=3))
     for candidates in [2] if quick else [2, 6]:
         make = partial(_ranking, model, tokenizer, candidates)
@@ -104,14 +129,22 @@ def figures(record: Mapping[str, Any]) -> Mapping[str, Figure]:
 
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    rows = [c for c in record["cases"] if c["peer"] == PLAIN]
-    extra = [100 * (c["ratio"] - 1) for c in rows]
-    left.barh(range(len(rows)), extra, color="#0072B2")
-    left.set_yticks(range(len(rows)), [f"{c['size']['prompts']} × {c['size']['new tokens']} tokens" for c in rows])
+    rows = [c for c in record["cases"] if c["peer"] in (PLAIN, STEP)]
+    # a step of generate is a step of the model and more
+    shift = [1 if c["peer"] == PLAIN else 0 for c in rows]
+    extra = [100 * (c["ratio"] - s) for c, s in zip(rows, shift, strict=True)]
+    ends = [[100 * (end - s) for end in c["ratio_spread"]] for c, s in zip(rows, shift, strict=True)]
+    left.barh(range(len(rows)), extra, color=["#0072B2" if s else "#56B4E9" for s in shift])
+    left.hlines(range(len(rows)), [low for low, _ in ends], [high for _, high in ends], color="#000000", linewidth=1)
+    names = [
+        f"{'all of generate' if s else 'rules alone'}, {c['size']['prompts']} × {c['size']['new tokens']} tokens"
+        for c, s in zip(rows, shift, strict=True)
+    ]
+    left.set_yticks(range(len(rows)), names)
     left.axvline(3, color="#999999", linestyle=":", linewidth=1)
     left.axvline(0, color="#000000", linewidth=0.8)
-    left.set(xlabel="extra time of the rules over plain generate, % (dotted: 3 %)")
-    rows = [c for c in record["cases"] if c["peer"] != PLAIN]
+    left.set(xlabel="extra time of the rules, % (dotted: 3 %; lines: spread)")
+    rows = [c for c in record["cases"] if c["peer"] in (UNCACHED, WHOLE)]
     names = [
         f"no cache, {c['size']['new tokens']} tokens" if c["peer"] == UNCACHED
         else f"ranking, {c['size']['candidates']} candidates" for c in rows

@@ -21,6 +21,7 @@ from torchgraft.language.implicit_instruction import (
     ImplicitInstructProcessor,
     ResponseCollator,
     default_token_bias,
+    response_loss,
     response_only,
     response_ranking,
     training_examples,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 DATA = ("instructions",)
 WON = "comparisons won"
-RANK, SUMMED, SHUFFLED, OTHER_TAGS = "ranking", "ranking: summed", "ranking: shuffled", "ranking: A/B tags"
+RANK, SUMMED, SHUFFLED = "ranking", "ranking: summed", "ranking: shuffled"
 PLAIN, ALL = "no rules", "all rules"
 STOPPED, REPEATED, SCORED_DOWN, ECHOED = "stopped", "repeated 4-grams", "scored-down tokens", "tags echoed"
 BASE, PAIRED, RESPONSE, LORA, SINGLE, CONTROL = (
@@ -53,7 +54,7 @@ CLAIMS = (
         RANK, 0.5, 10, paper="80.4 % base and 77.4 % tuned Llama-2-7B, 74.5 % and 74.3 % OLMo-7B",
     ),
     _points(
-        "With the instruction of another pair it does not", WON, SHUFFLED, 0.5, 10, direction="equal",
+        "It owes that to the instruction: with another pair's it finds it less often", WON, RANK, SHUFFLED, 10,
         paper="not reported",
     ),
     _points(
@@ -104,47 +105,50 @@ class Config:
     """Settings.
 
     Attributes:
-        seeds: how many; each has its own share of the real instructions, its own small world and its own model of it.
+        seeds: how many; each has its own small world and its own model of it. Ranking and rules on the real model
+            are without chance and the same for every seed.
         data: ``instructions``, or ``built-in`` (our questions) where there is none.
         device: where to run.
         model: of ranking and rules, see ``language_model``.
         dtype: of that model.
-        pairs, distractors: ranked pairs of a seed, and random responses for each.
+        pairs, distractors: ranked pairs, and random responses for each.
         characters: longest response ranked; prompts may have twice as many.
         prompts, new_tokens: of generation.
         names, width, layers: of the small world and the model trained on it from nothing.
         steps, batch_size, learning_rate: of its pretraining.
         tune_steps, tune_batch: of every finetuning, trials of the learning rate included.
         learning_rates, lora_learning_rates: the grids.
+        rate_worlds: on the validation questions of how many seeds' worlds learning rates are chosen.
     """
 
-    seeds: int = 3
+    seeds: int = 4
     data: str = "instructions"
     device: str = "cpu"
     model: str = "smollm2-135m-instruct"
     dtype: str = "float32"
-    pairs: int = 16
+    pairs: int = 48
     distractors: int = 3
     characters: int = 120
-    prompts: int = 6
-    new_tokens: int = 96
+    prompts: int = 16
+    new_tokens: int = 80
     names: int = 16
     width: int = 128
     layers: int = 2
-    steps: int = 600
-    batch_size: int = 16
+    steps: int = 500
+    batch_size: int = 8
     learning_rate: float = 3e-3
     tune_steps: int = 20
     tune_batch: int = 16
-    learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
-    lora_learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
+    learning_rates: tuple[float, ...] = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
+    lora_learning_rates: tuple[float, ...] = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
+    rate_worlds: int = 2
 
 
 SCALES = {
     "smoke": Config(
         seeds=1, data="built-in", model="toy", pairs=4, distractors=2, characters=40, prompts=2, new_tokens=6, names=4,
         width=16, layers=1, steps=2, batch_size=2, tune_steps=1, tune_batch=2, learning_rates=(1e-3,),
-        lora_learning_rates=(1e-3,),
+        lora_learning_rates=(1e-3,), rate_worlds=1,
     ),
     "laptop": Config(),
     "gpu": Config(
@@ -152,14 +156,14 @@ SCALES = {
         names=48, width=256, steps=4000, batch_size=64, tune_steps=100,
     ),
     "paper": Config(
-        device="cuda", model="meta-llama/Llama-2-7b-hf", dtype="bfloat16", pairs=80, distractors=5, characters=2000,
-        prompts=80, names=48, width=256, steps=4000, batch_size=64, tune_steps=100,
+        device="cuda", model="meta-llama/Llama-2-7b-hf", dtype="bfloat16", pairs=200, distractors=5, characters=2000,
+        prompts=200, names=48, width=256, steps=4000, batch_size=64, tune_steps=100,
     ),
 }  # fmt: skip
 
 
-def _chosen(config: Config, seed: int, count: int, every: bool = False) -> list[tuple[str, str]]:
-    """Pairs of a seed, of which no other seed has any."""
+def _chosen(config: Config, count: int, every: bool = False) -> list[tuple[str, str]]:
+    """Short pairs, always the same."""
     if config.data == "built-in":
         found = datasets.load("questions")
         assert isinstance(found, datasets.MultipleChoice)
@@ -172,10 +176,9 @@ def _chosen(config: Config, seed: int, count: int, every: bool = False) -> list[
     short = [(a, b) for a, b in items if len(a) <= 2 * config.characters and (every or len(b) <= config.characters)]
     # of equal responses the first alone: the others could only tie
     unique = list({answer: (asked, answer) for asked, answer in reversed(short)}.values())
-    if count * config.seeds > len(unique):
-        raise ValueError(f"{config.data} has {len(unique)} short pairs, not {count} for each of {config.seeds} seeds")
-    order = np.random.default_rng(0).permutation(len(unique))[seed * count : (seed + 1) * count]
-    return [unique[i] for i in order]
+    if count > len(unique):
+        raise ValueError(f"{config.data} has {len(unique)} short pairs, not {count}")
+    return [unique[i] for i in np.random.default_rng(0).permutation(len(unique))[:count]]
 
 
 def _conversations(pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
@@ -186,25 +189,20 @@ def _won(per_item: np.ndarray) -> Measurement:
     return Measurement({WON: float(per_item.mean())}, examples={WON: per_item.tolist()})
 
 
-def _ranking(config: Config, chat: ChatFormat) -> Arm:
-    def run(seed: int, progress: Progress) -> Mapping[str, Measurement]:
-        model, tokenizer = language_model(config.model, config.dtype, config.device)
-        pairs = _chosen(config, seed, config.pairs)
-        found = response_ranking(
-            model, tokenizer, pairs, config.distractors, "sum", chat=chat, seed=seed, progress=progress
-        )
-        summed, others = found["scores"], found["distractors"]
-        rows = training_examples(_conversations(pairs), tokenizer, chat)
-        lengths = np.array([sum(label >= 0 for label in row["labels"]) for row in rows])
-        mean = summed / np.concatenate([lengths[:, None], lengths[others]], 1)
-        won = (mean[:, :1] > mean[:, 1:]).mean(1)
-        if chat != ChatFormat():
-            return {OTHER_TAGS: _won(won)}
-        # two responses of other pairs: the first is the right one of another instruction
-        shuffled = (mean[:, 1:2] > mean[:, 2:]).mean(1)
-        return {RANK: _won(won), SUMMED: _won(found["per_item"]), SHUFFLED: _won(shuffled)}
-
-    return run
+@lru_cache(maxsize=1)
+def _ranked(config: Config) -> dict[str, Measurement]:
+    model, tokenizer = language_model(config.model, config.dtype, config.device)
+    pairs = _chosen(config, config.pairs)
+    found = response_ranking(model, tokenizer, pairs, config.distractors, "sum")
+    summed, others = found["scores"], found["distractors"]
+    rows = training_examples(_conversations(pairs), tokenizer)
+    lengths = np.array([sum(label >= 0 for label in row["labels"]) for row in rows])
+    mean = summed / np.concatenate([lengths[:, None], lengths[others]], 1)
+    # two responses of other pairs: the first is the right one of another instruction
+    shuffled = (mean[:, 1:2] > mean[:, 2:]).mean(1)
+    return {
+        RANK: _won((mean[:, :1] > mean[:, 1:]).mean(1)), SUMMED: _won(found["per_item"]), SHUFFLED: _won(shuffled),
+    }  # fmt: skip
 
 
 RULE_ARMS: dict[str, tuple[str, ...]] = {
@@ -212,46 +210,46 @@ RULE_ARMS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def _generation(config: Config, rules: Sequence[str]) -> Arm:
-    def run(seed: int, progress: Progress) -> Measurement:
-        model, tokenizer = language_model(config.model, config.dtype, config.device)
-        asked = [instruction for instruction, _ in _chosen(config, seed, config.prompts, every=True)]
-        prompts = ChatFormat().prompts(tokenizer, asked).to(config.device)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the smoke run's vocabulary of bytes lacks some strings
-            processors = [ImplicitInstructProcessor(tokenizer, prompts, rules=rules)] if rules else []
-        end = tokenizer.eos_token_id
-        out = model.generate(
-            **prompts.inputs, max_new_tokens=config.new_tokens, do_sample=False, logits_processor=processors,
-            eos_token_id=end, pad_token_id=end,
-        )  # fmt: skip
-        answers = out[:, prompts.input_ids.shape[1] :].tolist()
-        progress(1, 1, "generated")
-        down = {token for token, score in default_token_bias(tokenizer).values.items() if score < 0}
-        examples: dict[str, list[float]] = {name: [] for name in (STOPPED, REPEATED, SCORED_DOWN, ECHOED, "tokens")}
-        for ids in answers:
-            said = ids[: ids.index(end)] if end in ids else ids
-            fours = [tuple(said[i : i + 4]) for i in range(len(said) - 3)]
-            examples[STOPPED].append(float(end in ids))
-            examples[REPEATED].append(1 - len(set(fours)) / len(fours) if fours else 0.0)
-            examples[SCORED_DOWN].append(sum(token in down for token in said) / max(1, len(said)))
-            examples[ECHOED].append(float("<|" in tokenizer.decode(said)))
-            examples["tokens"].append(len(said))
-        texts = [tokenizer.decode(ids[: ids.index(end)] if end in ids else ids) for ids in answers[:2]]
-        said_to = [{"asked": a, "said": t} for a, t in zip(asked, texts, strict=False)]
-        metrics = {name: float(np.mean(values)) for name, values in examples.items()}
-        return Measurement(metrics, examples=examples, extra={"first": said_to})
-
-    return run
+@lru_cache(maxsize=len(RULE_ARMS))
+def _generated(config: Config, rules: tuple[str, ...]) -> Measurement:
+    model, tokenizer = language_model(config.model, config.dtype, config.device)
+    asked = [instruction for instruction, _ in _chosen(config, config.prompts, every=True)]
+    prompts = ChatFormat().prompts(tokenizer, asked).to(config.device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the smoke run's vocabulary of bytes lacks some strings
+        processors = [ImplicitInstructProcessor(tokenizer, prompts, rules=rules)] if rules else []
+    end = tokenizer.eos_token_id
+    out = model.generate(
+        **prompts.inputs, max_new_tokens=config.new_tokens, do_sample=False, logits_processor=processors,
+        eos_token_id=end, pad_token_id=end,
+    )  # fmt: skip
+    answers = out[:, prompts.input_ids.shape[1] :].tolist()
+    down = {token for token, score in default_token_bias(tokenizer).values.items() if score < 0}
+    examples: dict[str, list[float]] = {name: [] for name in (STOPPED, REPEATED, SCORED_DOWN, ECHOED, "tokens")}
+    for ids in answers:
+        said = ids[: ids.index(end)] if end in ids else ids
+        fours = [tuple(said[i : i + 4]) for i in range(len(said) - 3)]
+        examples[STOPPED].append(float(end in ids))
+        examples[REPEATED].append(1 - len(set(fours)) / len(fours) if fours else 0.0)
+        examples[SCORED_DOWN].append(sum(token in down for token in said) / max(1, len(said)))
+        examples[ECHOED].append(float("<|" in tokenizer.decode(said)))
+        examples["tokens"].append(len(said))
+    texts = [tokenizer.decode(ids[: ids.index(end)] if end in ids else ids) for ids in answers[:2]]
+    said_to = [{"asked": a, "said": t} for a, t in zip(asked, texts, strict=False)]
+    metrics = {name: float(np.mean(values)) for name, values in examples.items()}
+    return Measurement(metrics, examples=examples, extra={"first": said_to})
 
 
 # The small world: things of four kinds with one property each, told as questions with answers, statements and tables.
+# Sizes, steps, grids and how rates are chosen were settled on other worlds, of other kinds, sentences, names and facts;
+# this one was written down afterwards and first asked for the record.
 KINDS = {
-    "colour": ("what colour has {} ?", "its colour is {} .", "red blue green white black pink grey brown"),
-    "town": ("where does {} live ?", "home is {} .", "rome paris oslo bern delhi lima cairo tokyo"),
-    "food": ("what does {} eat ?", "{} , every day .", "rice bread soup beans fish cake pears nuts"),
-    "sound": ("which noise comes from {} ?", "you hear a {} .", "hum buzz click roar hiss bang ring squeak"),
+    "drink": ("what does {} pour ?", "a glass of {} .", "tea milk wine cider water juice cocoa coffee"),
+    "beast": ("who guards {} ?", "the {} does .", "wolf bear lion fox hawk crow stag boar"),
+    "cloth": ("which cloth covers {} ?", "sheets of {} .", "silk wool linen cotton velvet satin felt tweed"),
+    "doors": ("how many doors has {} ?", "it has {} .", "two three four five six seven eight nine"),
 }
+FIRST_WORLD = 200
 END, UNKNOWN = "[end]", "[?]"
 Fact = tuple[str, str, str]
 
@@ -278,7 +276,7 @@ def _world(names: int, seed: int) -> _World:
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    draw = np.random.default_rng(seed)
+    draw = np.random.default_rng(FIRST_WORLD + seed)
     things = {kind: [f"{kind}{i}" for i in range(names)] for kind in KINDS}
     facts = [(kind, name, str(draw.choice(KINDS[kind][2].split()))) for kind in KINDS for name in things[kind]]
     words = {word for fact in facts for text in _asked(fact) for word in text.split()}
@@ -290,7 +288,7 @@ def _world(names: int, seed: int) -> _World:
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=END, pad_token=END, unk_token=UNKNOWN)
     order = [facts[i] for i in draw.permutation(len(facts))]
-    a, b = len(order) // 2, len(order) * 5 // 8
+    a, b = len(order) // 2, len(order) * 11 // 16
     return _World(tokenizer, facts, order[:a], order[a:b], order[b:])
 
 
@@ -332,16 +330,17 @@ def _pretrained(config: Config, seed: int) -> Any:
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(world.tokenizer), hidden_size=config.width, intermediate_size=4 * config.width,
+            vocab_size=len(world.tokenizer), hidden_size=config.width, intermediate_size=2 * config.width,
             num_hidden_layers=config.layers, num_attention_heads=4, max_position_embeddings=2 * CONTEXT,
             bos_token_id=None, eos_token_id=0, pad_token_id=0, tie_word_embeddings=True,
         )
     )  # fmt: skip
     rows = config.steps * config.batch_size
-    corpus = _corpus(world, rows * CONTEXT, seed).view(rows, CONTEXT)
+    corpus = _corpus(world, rows * CONTEXT, FIRST_WORLD + seed).view(rows, CONTEXT)
     fit(
         model, (corpus,), lambda m, batch: m(input_ids=batch[0], labels=batch[0]).loss, steps=config.steps,
-        batch_size=config.batch_size, optimizer=lambda p: torch.optim.AdamW(p, lr=config.learning_rate),
+        batch_size=config.batch_size,
+        optimizer=lambda p: torch.optim.AdamW(p, lr=config.learning_rate, betas=(0.9, 0.95)),
         schedule="one_cycle", seed=seed, clip=1.0, device=config.device,
     )  # fmt: skip
     return model.eval()
@@ -406,31 +405,46 @@ def _tuned(config: Config, seed: int, examples: list[dict[str, list[int]]], lr: 
         )
     fit(
         model, _Rows(examples),
-        lambda m, batch: m(**batch).loss, steps=config.tune_steps, batch_size=config.tune_batch,
+        lambda m, batch: response_loss(m(**batch).logits, batch["labels"]),
+        steps=config.tune_steps, batch_size=config.tune_batch,
         optimizer=lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=0.0), schedule="linear", seed=seed, clip=1.0,
         device=config.device, collate=ResponseCollator(),
     )  # fmt: skip
     return model
 
 
-def _toy(config: Config, name: str, data: Callable[[_World], list[dict[str, Any]]] | None, lora: bool = False) -> Arm:
+Data = Callable[[_World], list[dict[str, Any]]]
+
+
+def _rate(config: Config, name: str, data: Data, lora: bool, progress: Progress) -> float:
+    """The learning rate that answers most of the first worlds' validation questions."""
+    seeds = range(min(config.rate_worlds, config.seeds))
+
+    def score(lr: float) -> float:
+        right = []
+        for seed in seeds:
+            world = _world(config.names, seed)
+            model = _tuned(config, seed, training_examples(data(world), world.tokenizer), lr, lora)
+            right.append(_answered(model, world, world.validation, config.device)[EXACT])
+        return float(np.mean(right))
+
+    grid = config.lora_learning_rates if lora else config.learning_rates
+    return float(progress.once(name.replace(": ", "-"), lambda: pick_learning_rate(grid, score))["chosen"])
+
+
+def _toy(
+    config: Config, name: str, data: Data | None, lora: bool = False, rate_from: tuple[str, Data] | None = None
+) -> Arm:
     def run(seed: int, progress: Progress) -> Measurement:
         world = _world(config.names, seed)
         if data is None:
             model = _pretrained(config, seed)
         else:
-            tried = _world(config.names, 0)
-
-            def score(lr: float) -> float:
-                made = training_examples(data(tried), tried.tokenizer)
-                return _answered(_tuned(config, 0, made, lr, lora), tried, tried.validation, config.device)[EXACT]
-
-            grid = config.lora_learning_rates if lora else config.learning_rates
-            lr = progress.once(name.replace(": ", "-"), lambda: pick_learning_rate(grid, score))["chosen"]
+            lr = _rate(config, *(rate_from or (name, data)), lora, progress)
             model = _tuned(config, seed, training_examples(data(world), world.tokenizer), lr, lora)
         progress(1, 2, "trained")
         metrics = _answered(model, world, world.test, config.device)
-        others = [fact for fact in world.test if fact[0] != "colour"]
+        others = [fact for fact in world.test if fact[0] != next(iter(KINDS))]
         metrics["exact match, other tasks"] = _answered(model, world, others, config.device)[EXACT]
         pairs = [_asked(fact) for fact in world.test]
         distractors = min(5, len(pairs) - 1)
@@ -451,18 +465,28 @@ def _wrong(world: _World) -> list[dict[str, Any]]:
 
 
 def arms(config: Config) -> Mapping[str, Arm]:
-    """Ranking in two formats, generation with the rules and without each, and the small world's finetunings."""
-    made: dict[str, Arm] = {
-        RANK: _ranking(config, ChatFormat()),
-        OTHER_TAGS: _ranking(config, ChatFormat("<|A|>", "<|B|>")),
-    }
-    made |= {name: _generation(config, rules) for name, rules in RULE_ARMS.items()}
+    """Ranking, generation with the rules and without each, and the small world's finetunings."""
+
+    def generation(rules: tuple[str, ...]) -> Arm:
+        return lambda seed, progress: _generated(config, rules)
+
+    def responses(world: _World) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = response_only(_chats(world.tune))
+        return found
+
+    def pairs(world: _World) -> list[dict[str, Any]]:
+        return _chats(world.tune)
+
+    first = next(iter(KINDS))
+    made: dict[str, Arm] = {RANK: lambda seed, progress: _ranked(config)}
+    made |= {name: generation(rules) for name, rules in RULE_ARMS.items()}
     made[BASE] = _toy(config, BASE, None)
-    made[RESPONSE] = _toy(config, RESPONSE, lambda world: response_only(_chats(world.tune)))
-    made[PAIRED] = _toy(config, PAIRED, lambda world: _chats(world.tune))
-    made[SINGLE] = _toy(config, SINGLE, lambda world: _chats([f for f in world.tune if f[0] == "colour"]))
-    made[CONTROL] = _toy(config, CONTROL, _wrong)
-    made[LORA] = _toy(config, LORA, lambda world: response_only(_chats(world.tune)), lora=True)
+    made[RESPONSE] = _toy(config, RESPONSE, responses)
+    made[PAIRED] = _toy(config, PAIRED, pairs)
+    made[SINGLE] = _toy(config, SINGLE, lambda world: _chats([f for f in world.tune if f[0] == first]))
+    # no rate makes wrong responses right: the control differs from its twin in nothing but the pairing
+    made[CONTROL] = _toy(config, CONTROL, _wrong, rate_from=(PAIRED, pairs))
+    made[LORA] = _toy(config, LORA, responses, lora=True)
     return made
 
 
@@ -480,8 +504,7 @@ def figures(result: Result) -> Mapping[str, Figure]:
 
     def shares(ax: Any, names: Sequence[str], metric: str, label: str) -> None:
         for y, name in enumerate(names):
-            per_seed = [m.examples[metric] for m in result.measurements[name].values()]
-            values = 100 * np.mean(per_seed, axis=0)
+            values = 100 * result.examples(name, metric)
             low, high = bootstrap_interval(values) or (values.mean(), values.mean())
             colour = _COLOURS.get(name, "#777777")
             ax.plot([low, high], [y, y], "-", color=colour, linewidth=1.5)
@@ -491,7 +514,7 @@ def figures(result: Result) -> Mapping[str, Figure]:
         ax.grid(axis="x", alpha=0.3)
         ax.set_xlabel(label, fontsize=9)
 
-    shares(panels[0], (RANK, SUMMED, OTHER_TAGS, SHUFFLED), WON, "right response likelier, %")
+    shares(panels[0], (RANK, SUMMED, SHUFFLED), WON, "right response likelier, %")
     panels[0].axvline(50, color="#000000", linewidth=0.8, linestyle=":")
     for ax, metric, label in (
         (panels[1], STOPPED, f"ended by {result.config.new_tokens} tokens, %"),
@@ -526,35 +549,42 @@ def notes(result: Result) -> str:
     def percent(arm: str, metric: str) -> str:
         return f"{100 * result.values(arm, metric).mean():.1f} %"
 
+    def each(arm: str, metric: str) -> str:
+        return ", ".join(f"{100 * value:.0f}" for value in result.values(arm, metric))
+
     rates = "; ".join(f"{name.removeprefix('toy-')} {found['chosen']:g}" for name, found in result.tuned.items())
     return (
-        f"{c.model}, {c.dtype}, nothing trained, prompts in the tags of Tulu, which it was not trained on; it is an "
-        "instruction-tuned model, the paper's are base models, so only what the rules do to its text is measured, not "
-        f"how good answers become: no judge was at hand. Ranking: {c.pairs} pairs a seed ({c.pairs * len(result.seeds)}"
-        f" in all, each once; {c.data}), responses of at most {c.characters} characters, {c.distractors} responses of "
-        "other pairs beside each, mean log-probability a token with EOS as in the official code; 'summed' is plain "
-        "probability as in the paper's text. 'Shuffled' compares two responses of other pairs, as if the instruction "
-        f"belonged to one of them. Generation: {c.prompts} prompts a seed, greedy, at most {c.new_tokens} tokens "
-        "(the official runs go on to 8,192, those without the EOS rule to 512), one batch padded on the left. "
-        f"'Scored-down tokens' are the seven that the uniform rule takes from. Tags echoed: {percent(PLAIN, ECHOED)} "
-        f"without rules, {percent(ALL, ECHOED)} with all. An example of the intervals is the mean of one pair or "
-        "prompt of each seed. "
+        f"{c.model}, {c.dtype}, nothing trained and distractors drawn once, so every seed gives the same; prompts in "
+        "the tags of Tulu, which it was not trained on. It is an instruction-tuned model, the paper's are base models, "
+        "so only what the rules do to its text is measured, not how good answers become: no judge was at hand. "
+        f"Ranking: {c.pairs} pairs ({c.data}), responses of at most {c.characters} characters, {c.distractors} "
+        "responses of other pairs beside each, mean log-probability a token with EOS as in the official code; "
+        "'summed' is plain probability as in the paper's text. 'Shuffled' compares two responses of other pairs, as if "
+        "the instruction belonged to one of them; half is what chance gives. "
+        f"Generation: {c.prompts} prompts, greedy, at most "
+        f"{c.new_tokens} tokens (the official runs go on to 8,192, those without the EOS rule to 512), one batch "
+        "padded on the left. 'Scored-down tokens' are the seven that the uniform rule takes from. Tags echoed: "
+        f"{percent(PLAIN, ECHOED)} without rules, {percent(ALL, ECHOED)} with all. Pairs share responses, and "
+        f"{c.prompts} prompts are few for a bootstrap: both intervals are somewhat too narrow. "
         f"Small world: {len(KINDS)} kinds of {c.names} things with one property each; a Llama of {c.layers} layers "
-        f"and width {c.width} "
-        f"is trained from nothing for {c.steps} steps on questions with answers, statements and tables, whose "
-        "passages follow each other without an end mark, with a line break or random signs between question and "
-        "answer; it never sees a conversation. Half of the facts serve "
-        "tuning, an eighth the choice of the learning rate (on the first seed), the rest the test: all of them were "
-        "in the pretraining text, so answering is recalling, and what tuning has to bring is the format and the end. "
-        f"Every tuning has {c.tune_steps} steps of {c.tune_batch} conversations and as many trials of the learning "
-        f"rate; chosen: {rates}. 'Exact match' wants the whole sentence and then the end; 'right sentence' does not "
-        f"mind what follows. The model before tuning begins with the right sentence in {percent(BASE, RIGHT)}. "
+        f"and width {c.width} is trained from nothing for {c.steps} steps on questions with answers, statements and "
+        "tables, whose passages follow each other without an end mark, with a line break or random signs between "
+        "question and answer; it never sees a conversation. Half of the facts serve tuning, 3 in 16 the choice of the "
+        f"learning rate (on the first {c.rate_worlds} worlds), the rest the test: all of them were in the pretraining "
+        "text, so answering is recalling, and what tuning has to bring is the format and the end; the name alone tells "
+        f"the answer. Every tuning has {c.tune_steps} steps of {c.tune_batch} conversations, and so have the trials of "
+        f"its learning rate; chosen: {rates}. Sizes, steps, grids and the choice of rates were settled on two earlier "
+        "worlds, of other kinds, sentences, names and facts: the first, whose test questions were looked at while the "
+        "experiment was shaped, and the second, on which, with rates chosen on one world and three seeds, the "
+        "seeds differed too much to tell responses from pairs. This one was written down afterwards, and its questions "
+        "were first asked in this run. 'Exact match' wants the whole sentence and then the end; 'right sentence' does "
+        "not mind what follows. "
+        f"The model before tuning begins with the right sentence in {percent(BASE, RIGHT)}. "
         f"After a bare line break, as in its own text, it answers {percent(BASE, KNOWN)}, the ceiling for any tuning, "
         f"and in the tags it wins {percent(BASE, WON)} of the comparisons of responses (half would be chance); after "
-        f"response tuning {percent(RESPONSE, WON)}. This world, its model and the number of tuning steps were chosen "
-        "after looking at test questions of earlier ones, so these arms are exploratory: a model of width 64, which "
-        "knew two thirds of its facts, learnt to answer from pairs and hardly from responses alone, as the paper's "
-        "explanation (the ability is there before) would have it. "
-        "'Wrong responses' pairs each question with another question's answer. 'Single task' sees questions about "
-        "colours alone, a quarter of the data."
+        f"response tuning {percent(RESPONSE, WON)}. By seed, response-tuned models answer "
+        f"{each(RESPONSE, EXACT)} %, paired ones {each(PAIRED, EXACT)} %, and the models before tuning began right in "
+        f"{each(BASE, RIGHT)} %: worlds differ more than {len(result.seeds)} seeds can average out. "
+        "'Wrong responses' pairs each question with another question's answer and has the learning rate of 'paired'. "
+        f"'Single task' sees questions about one kind alone ({next(iter(KINDS))}), a quarter of the data."
     )

@@ -16,10 +16,20 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchgraft.language.embedding_walk.nulls import Statistic, gaussian_like, generator, rotation, shuffled_dimensions
+from torchgraft.language.embedding_walk.nulls import (
+    Statistic,
+    gaussian_like,
+    gaussian_of_lengths,
+    generator,
+    rotation,
+    shuffled_dimensions,
+)
 
 Method = Literal["dictionary", "nmf", "ica"]
-Null = Literal["gaussian", "shuffled"]
+Null = Literal["gaussian", "lengths", "shuffled"]
+NULLS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
+    "gaussian": gaussian_like, "lengths": gaussian_of_lengths, "shuffled": shuffled_dimensions
+}  # fmt: skip
 
 
 def sparse_codes(x: Tensor, atoms: Tensor, sparsity: int) -> Tensor:
@@ -39,8 +49,8 @@ def sparse_codes(x: Tensor, atoms: Tensor, sparsity: int) -> Tensor:
         # atoms may coincide on tiny data
         among = among + 1e-10 * torch.eye(chosen.shape[1], dtype=x.dtype)
         solved = torch.linalg.solve(among, reading.gather(1, chosen)[..., None])[..., 0]
-        codes = torch.zeros_like(reading).scatter_(1, chosen, solved)
-        left = reading - codes @ gram
+        # codes @ gram, of the few rows that count
+        left = reading - F.embedding_bag(chosen, gram, per_sample_weights=solved, mode="sum")
     return torch.zeros_like(reading).scatter_(1, chosen, solved)
 
 
@@ -170,30 +180,55 @@ class ConceptSpace(TransformerMixin, BaseEstimator):
             raise ValueError(f"k must be in 1..{self.codes_.shape[0]}, got {k}")
         return np.argsort(-self.codes_.toarray(), axis=0, kind="stable")[:k].T
 
-    def null_test(self, X: Any, null: Null = "gaussian", draws: int = 9, seed: int = 0) -> Statistic:
-        """R2 of a fit to vectors beside fits to draws of a null model, each as freely fitted as the vectors' own.
+    def null_test(
+        self, X: Any, null: Null = "lengths", draws: int = 9, seed: int = 0, held_out: float = 0.25
+    ) -> Statistic:
+        """R2 beside that of draws of a null model, for each of which concepts are fitted anew.
 
         Args:
             X: (N, D).
-            null: ``gaussian`` with the same mean and covariance, or ``shuffled``, each dimension in its own order.
+            null: ``gaussian`` with the same mean and covariance; ``lengths``, the same with the vectors' own lengths,
+                so that lengths alone are no sparsity; or ``shuffled``, each dimension in its own order.
             draws: of the null model.
-            seed: of the draws.
+            seed: of the draws, and of which vectors are held out.
+            held_out: share of the vectors that R2 is of and concepts are not fitted to, for a dictionary can learn
+                the vectors themselves; 0 for R2 of the fit.
+
+        Raises:
+            ValueError: for another null model, no draws, or a share that leaves too few vectors on either side.
         """
-        if null not in ("gaussian", "shuffled") or draws < 1:
-            raise ValueError(f"null must be 'gaussian' or 'shuffled' and draws at least 1, got {null!r}, {draws}")
+        if null not in NULLS or draws < 1:
+            raise ValueError(f"null must be one of {', '.join(NULLS)} and draws at least 1, got {null!r}, {draws}")
         x, draw = torch.as_tensor(np.asarray(X, dtype=np.float64)), generator(seed)
-        make = gaussian_like if null == "gaussian" else shuffled_dimensions
+        if x.dim() != 2 or not bool(x.isfinite().all()):
+            raise ValueError(f"X must be finite vectors (N, D), got shape {tuple(x.shape)}")
+        kept = round((1 - held_out) * len(x))
+        if not 0 <= held_out < 1 or kept < 2 or (held_out and len(x) - kept < 2):
+            raise ValueError(f"held_out must leave two vectors on either side of {len(x)}, got {held_out}")
+        order = torch.randperm(len(x), generator=draw)
 
         def fitted(values: Tensor) -> float:
-            again = type(self)(**self.get_params())
-            return again.fit(values.numpy()).score(values.numpy())
+            values = values[order]
+            again = type(self)(**self.get_params()).fit(values[:kept].numpy())
+            return again.score((values[kept:] if held_out else values).numpy())
 
-        return Statistic(fitted(x), tuple(fitted(make(x, draw)) for _ in range(draws)), f"{null} vectors")
+        return Statistic(fitted(x), tuple(fitted(NULLS[null](x, draw)) for _ in range(draws)), f"{null} vectors")
 
 
 def _checked_draws(draws: int) -> None:
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
+
+
+def _checked_finite(*vectors: Tensor) -> None:
+    if not all(bool(x.isfinite().all()) for x in vectors):
+        raise ValueError("vectors must be finite, got infinity or NaN")
+
+
+def nearest_other(vectors: Float[Tensor, "N D"]) -> Int[Tensor, " N"]:
+    """Which other vector is the nearest of each, by cosine."""
+    unit = F.normalize(vectors.double(), dim=1)
+    return (unit @ unit.T).fill_diagonal_(-2).argmax(1)
 
 
 def neighbour_purity(vectors: Float[Tensor, "N D"], labels: Sequence[Any], draws: int = 99, seed: int = 0) -> Statistic:
@@ -204,10 +239,10 @@ def neighbour_purity(vectors: Float[Tensor, "N D"], labels: Sequence[Any], draws
         1.0
     """
     _checked_draws(draws)
+    _checked_finite(vectors)
     if len(labels) != len(vectors) or len(vectors) < 2:
         raise ValueError(f"labels must be one a vector and at least two, got {len(labels)} for {len(vectors)}")
-    unit = F.normalize(vectors.double(), dim=1)
-    nearest = (unit @ unit.T).fill_diagonal_(-2).argmax(1)
+    nearest = nearest_other(vectors)
     names = list(dict.fromkeys(labels))
     own = torch.tensor([names.index(label) for label in labels])
     draw = generator(seed)
@@ -224,6 +259,7 @@ def analogy_accuracy(
 ) -> Statistic:
     """3CosAdd: how often d is the nearest, by cosine, to b - a + c, other than these; null: d's of other quadruples."""
     _checked_draws(draws)
+    _checked_finite(vectors)
     if not bool(((quadruples >= 0) & (quadruples < len(vectors))).all()) or not len(quadruples):
         raise ValueError(f"quadruples must hold rows 0..{len(vectors) - 1}, got {quadruples.tolist()[:3]}")
     unit = F.normalize(vectors.double(), dim=1)
@@ -242,6 +278,7 @@ def compositionality(
     _checked_draws(draws)
     if not parts or any(part.shape != wholes.shape for part in parts):
         raise ValueError(f"parts must have the shape of wholes {tuple(wholes.shape)}, got {[p.shape for p in parts]}")
+    _checked_finite(wholes, *parts)
     centred = [(x - x.mean(0)).double() for x in (wholes, *parts)]
     whole, given = centred[0], centred[1:]
     draw = generator(seed)
@@ -258,6 +295,7 @@ def compositionality(
 def axis_privilege(vectors: Float[Tensor, "N D"], draws: int = 19, seed: int = 0) -> Statistic:
     """Mean excess kurtosis over the dimensions, high where single dimensions mean something; null: rotated vectors."""
     _checked_draws(draws)
+    _checked_finite(vectors)
     x = (vectors - vectors.mean(0)).double().cpu()
     draw = generator(seed)
 
@@ -291,6 +329,7 @@ def anisotropy(
         draws, seed: of the null model, vectors of the same lengths in random directions.
     """
     _checked_draws(draws)
+    _checked_finite(vectors)
     if not 0 <= removed < min(vectors.shape) or len(vectors) < 2:
         raise ValueError(f"removed must be in 0..{min(vectors.shape) - 1} and vectors two or more, got {removed}")
     x = vectors.double().cpu()

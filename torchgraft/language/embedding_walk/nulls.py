@@ -18,6 +18,7 @@ class Statistic:
         null: at least one draw.
         what: which null model it is.
         higher: whether structure shows as a higher value.
+        each, null_each: where the value is a mean over tokens, each one's, and each one's mean over the draws.
 
     Example:
         >>> found = Statistic(0.9, (0.1, 0.2, 0.3), "shuffled", True)
@@ -29,6 +30,8 @@ class Statistic:
     null: tuple[float, ...]
     what: str
     higher: bool = True
+    each: tuple[float, ...] = ()
+    null_each: tuple[float, ...] = ()
 
     @property
     def null_mean(self) -> float:
@@ -70,6 +73,17 @@ def gaussian_like(x: Tensor, draw: torch.Generator) -> Tensor:
     return mean + (frame * signs * scale) @ directions
 
 
+def gaussian_of_lengths(x: Tensor, draw: torch.Generator) -> Tensor:
+    """Gaussian rows as ``gaussian_like`` gives them, each as far from the mean as its row of ``x`` (N, D) is.
+
+    Token vectors differ much in length, and few long vectors are easier to build of few parts than many of one length.
+    """
+    mean = x.double().mean(0)
+    other = gaussian_like(x, draw) - mean
+    lengths = (x.double() - mean).norm(dim=1, keepdim=True)
+    return mean + other * lengths / other.norm(dim=1, keepdim=True).clamp(min=1e-300)
+
+
 def shuffled_dimensions(x: Tensor, draw: torch.Generator) -> Tensor:
     """Each column of ``x`` (N, D) in an order of its own: marginals stay, what goes together is lost."""
     order = torch.stack([torch.randperm(len(x), generator=draw) for _ in range(x.shape[1])], 1)
@@ -80,10 +94,3 @@ def rotation(size: int, draw: torch.Generator) -> Tensor:
     """A random orthogonal matrix, float64, uniform."""
     q, r = torch.linalg.qr(torch.randn(size, size, generator=draw, dtype=torch.float64))
     return q * r.diagonal().sign()
-
-
-def spearman(x: Tensor, y: Tensor) -> float:
-    """Rank correlation of two vectors of equal length."""
-    from scipy.stats import spearmanr
-
-    return float(spearmanr(x.detach().double().cpu().numpy(), y.detach().double().cpu().numpy()).statistic)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from torchgraft.surgery import evaluating
@@ -230,7 +231,8 @@ def classify_ops(model: nn.Module, example: Tensor | Mapping[str, Any]) -> list[
     handles = [module.register_forward_hook(keep, with_kwargs=True) for module in model.modules()]
     counter = FlopCounterMode(display=False)
     try:
-        with evaluating(model), counter:
+        # of fused attention torch counts nothing on some devices
+        with evaluating(model), sdpa_kernel(SDPBackend.MATH), counter:
             if given is not None:
                 # a cache would grow when modules are run again
                 cacheless = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -212,14 +214,20 @@ def reachable(
     return ReachableTree(tuple(tokens for _, tokens in found), probabilities, lost, tuple(nodes))
 
 
+def checked_counts(**counts: int) -> None:
+    """Complain about counts that are no whole numbers above 0."""
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name} must be a whole number, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
 def checked_draws(n: int, length: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Complain about what cannot be drawn with."""
-    if n < 1 or length < 1:
-        raise ValueError(f"n and length must be at least 1, got {n}, {length}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    checked_counts(n=n, length=length, **({} if top_k is None else {"top_k": top_k}))
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be above 0 and finite, got {temperature}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
 

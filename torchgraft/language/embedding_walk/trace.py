@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchgraft.language._access import Access, captured, eager_attention, norm_gain, unwrapped
+from torchgraft.language._access import Access, captured, norm_gain, unwrapped
+from torchgraft.language.embedding_walk.association import telling_attention
 from torchgraft.language.embedding_walk.nulls import Statistic, generator
 from torchgraft.surgery import evaluating
 
@@ -148,20 +149,27 @@ class WalkTrace:
             for name in dict.fromkeys(names)
         }
 
-    def statistics(self, draws: int = 19, seed: int = 0, skip_first: bool = True) -> dict[str, Statistic]:
+    def statistics(
+        self, draws: int = 19, seed: int = 0, skip_first: bool = True, null: Literal["directions", "tokens"] = "tokens"
+    ) -> dict[str, Statistic]:
         """Mean straightness and mean cosine of successive steps, beside walks of the same step lengths at random.
 
         Args:
             draws: of the null model.
             seed: of the draws.
             skip_first: leave out the first token, on which attention rests and whose vectors are far larger.
+            null: ``directions`` draws the direction of every step anew, from all of the space, which any drift that
+                all tokens share will beat; ``tokens`` takes each step from a token drawn at random, at the step's own
+                length, so that what all tokens share stays and what belongs to one walk goes.
 
         Raises:
-            ValueError: for no draws, or where nothing is left.
+            ValueError: for no draws, another null model, or where nothing is left.
         """
         first = int(skip_first)
         if draws < 1 or len(self.ids) <= first:
             raise ValueError(f"draws must be at least 1 and the text longer than {first}, got {draws}, {len(self.ids)}")
+        if null not in ("directions", "tokens"):
+            raise ValueError(f"null must be 'directions' or 'tokens', got {null!r}")
         steps = self.steps[:, first:].cpu()
         draw = generator(seed)
 
@@ -170,12 +178,19 @@ class WalkTrace:
             return straight.mean().item(), F.cosine_similarity(walk[:-1], walk[1:], dim=-1).mean().item()
 
         found = measured(steps)
-        null = []
+        drawn = []
         for _ in range(draws):
-            random = torch.randn(steps.shape, generator=draw, dtype=steps.dtype)
-            null.append(measured(F.normalize(random, dim=-1) * steps.norm(dim=-1, keepdim=True)))
-        what = "steps of the same lengths in random directions"
-        straight, cosine = zip(*null, strict=True)
+            if null == "directions":
+                random = torch.randn(steps.shape, generator=draw, dtype=steps.dtype)
+            else:
+                order = torch.stack([torch.randperm(steps.shape[1], generator=draw) for _ in steps])
+                random = steps.gather(1, order[..., None].expand_as(steps))
+            drawn.append(measured(F.normalize(random, dim=-1) * steps.norm(dim=-1, keepdim=True)))
+        what = {
+            "directions": "steps of the same lengths in random directions",
+            "tokens": "directions of other tokens' steps",
+        }[null]
+        straight, cosine = zip(*drawn, strict=True)
         return {
             "straightness": Statistic(found[0], straight, what),
             "successive cosine": Statistic(found[1], cosine, what),
@@ -199,20 +214,41 @@ class WalkTrace:
         last = self.contexts[-1] @ self._unembedding.T + head_bias(self.model)
         return torch.cat([self.ids[1:], last.argmax()[None]])
 
-    def lens_ranks(self, tokens: Tensor | None = None) -> Int[Tensor, "layers T"]:
+    def lens_ranks(
+        self, tokens: Int[Tensor, " T"] | None = None, places: Sequence[int] | None = None
+    ) -> Int[Tensor, "layers places"]:
         """Rank, from 1, of a token at each place if the walk ended after each layer (logit lens).
 
         Args:
             tokens: (T,); each place's final first choice of the model where None.
+            places: at which places; at all where None.
+
+        Raises:
+            ValueError: for tokens of another shape or outside the vocabulary, or a place that does not exist.
         """
         bias, unembedding = head_bias(self.model), self._unembedding
+        shown = self._places(range(len(self.ids)) if places is None else places)
         if tokens is None:
-            tokens = (self.contexts @ unembedding.T + bias).argmax(-1)
+            tokens = (self.contexts[shown] @ unembedding.T + bias).argmax(-1)
+        else:
+            tokens = self._known(tokens)[shown]
         rows = []
         for position in self.positions:
-            logits = self._norm(position) @ unembedding.T + bias
+            logits = self._norm(position[shown]) @ unembedding.T + bias
             rows.append((logits > logits.gather(1, tokens[:, None])).sum(1) + 1)
         return torch.stack(rows)
+
+    def _places(self, places: Sequence[int]) -> list[int]:
+        shown, count = list(places), len(self.ids)
+        if not shown or not all(0 <= place < count for place in shown):
+            raise ValueError(f"places must be some of 0..{count - 1}, got {shown}")
+        return shown
+
+    def _known(self, tokens: Tensor) -> Tensor:
+        size = len(self._unembedding)
+        if tokens.shape != self.ids.shape or not bool(((tokens >= 0) & (tokens < size)).all()):
+            raise ValueError(f"tokens must be {tuple(self.ids.shape)} in 0..{size - 1}, got {tuple(tokens.shape)}")
+        return tokens
 
     def distances(self) -> dict[str, Tensor]:
         """Euclidean distance (L + 1, T) of the normed position to the final context, its own and the next token."""
@@ -245,9 +281,7 @@ class WalkTrace:
             raise ValueError(f"target must be 'logit' or 'context', got {target!r}")
         access, dtype = Access(self.model), self.positions.dtype
         rows = self._unembedding
-        tokens = self.targets() if tokens is None else tokens
-        if tokens.shape != self.ids.shape or not bool(((tokens >= 0) & (tokens < len(rows))).all()):
-            raise ValueError(f"tokens must be {tuple(self.ids.shape)} in 0..{len(rows) - 1}, got {tuple(tokens.shape)}")
+        tokens = self.targets() if tokens is None else self._known(tokens)
         last = self.positions[-1]
         if target == "logit":
             norm = access.final_norm
@@ -319,9 +353,7 @@ class WalkTrace:
         if pca not in (2, 3):
             raise ValueError(f"pca must be 2 or 3, got {pca}")
         count = len(self.ids)
-        shown = list(range(max(1, count - 6), count)) if places is None else list(places)
-        if not shown or not all(0 <= place < count for place in shown):
-            raise ValueError(f"places must be some of 0..{count - 1}, got {shown}")
+        shown = self._places(range(min(1, count - 1), count)[-6:] if places is None else places)
         points = self.positions[:, shown].detach().cpu().double()
         flat = points.flatten(0, 1)
         basis = torch.linalg.svd(flat - flat.mean(0), full_matrices=False)[2][:pca]
@@ -386,7 +418,7 @@ def traced(model: nn.Module, ids: Int[Tensor, " T"], names: Sequence[str]) -> Wa
     if not attends:
         return _by_layer(model, ids, names, layers, norm, inputs)
     with (
-        evaluating(model), eager_attention(model), captured(model, [0], "input") as first, captured(model) as after,
+        evaluating(model), telling_attention(model), captured(model, [0], "input") as first, captured(model) as after,
         captured(model, site="attention") as attention, captured(model, site="mlp") as mlp,
     ):  # fmt: skip
         extra = {} if norm is None else {"use_cache": False}

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchgraft.language._access import unwrapped
 from torchgraft.language.embedding_walk import paths
-from torchgraft.language.embedding_walk.nulls import Statistic, generator, spearman
+from torchgraft.language.embedding_walk.association import most_tokens, token_ids, token_rows
+from torchgraft.language.embedding_walk.nulls import Statistic, generator
 from torchgraft.language.embedding_walk.trace import WalkTrace, head_bias, output_head, parts, traced, widened
+from torchgraft.surgery import evaluating
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -135,24 +136,17 @@ class EmbeddingWalk:
             TypeError: for what is neither text nor whole numbers.
             ValueError: for no tokens, ids outside the vocabulary, or more tokens than the model has positions.
         """
-        found = torch.as_tensor(self.tokenizer(text)["input_ids"] if isinstance(text, str) else text)
-        if found.numel() and (found.is_floating_point() or found.dtype == torch.bool):
-            raise TypeError(f"text must be a string or token ids, got {found.dtype}")
-        inner: Any = unwrapped(self.model)
-        size = inner.get_input_embeddings().weight.shape[0]
-        if found.dim() != 1 or not found.numel() or not bool(((found >= 0) & (found < size)).all()):
-            shape = tuple(found.shape)
-            raise ValueError(f"text must have at least one token, in a row, of 0..{size - 1}, got shape {shape}")
-        # RoBERTa's positions begin after its padding index
-        most = getattr(inner.config, "max_position_embeddings", None)
-        most = most - 2 if most is not None and inner.config.model_type == "roberta" else most
-        if most is not None and len(found) > most:
-            raise ValueError(f"text must have at most {most} tokens for this model, got {len(found)}")
-        return found.long().to(next(self.model.parameters()).device)
+        return token_ids(self.model, self.tokenizer, text)
 
     def _names(self, ids: Tensor) -> tuple[str, ...]:
         decode = getattr(self.tokenizer, "decode", None)
         return tuple(str(decode([i])) if decode else str(i) for i in ids.tolist())
+
+    def _start(self, start: int | None) -> Tensor:
+        found = getattr(self.tokenizer, "bos_token_id", None) if start is None else start
+        if found is None:
+            return self.ids([0])[:0]
+        return self.ids([found])
 
     def _causal(self, text: str | Sequence[int] | Tensor) -> Tensor:
         output_head(self.model)
@@ -163,8 +157,14 @@ class EmbeddingWalk:
         ids = self.ids(text)
         return traced(self.model, ids, self._names(ids))
 
+    def _fits(self, prompt: Tensor, more: int) -> None:
+        most = most_tokens(self.model)
+        if most is not None and len(prompt) + more - 1 > most:
+            raise ValueError(f"text and {more} more tokens must fit in {most} positions, got {len(prompt)} + {more}")
+
     def path(self, text: str | Sequence[int] | Tensor, k: int = 10) -> paths.Path:
-        """Surprisals, entropies, and the mass of the ``k`` nearest tokens along a text."""
+        """Surprisals, entropies, and the mass of the ``k`` nearest tokens, all where there are fewer, along a text."""
+        paths.checked_counts(k=k)
         return paths.path(self.model, self._causal(text), k)
 
     def path_logprob(self, text: str | Sequence[int] | Tensor, given: int = 1) -> float:
@@ -175,7 +175,8 @@ class EmbeddingWalk:
             ValueError: unless ``given`` is in 1 .. T.
         """
         ids = self._causal(text)
-        if not 1 <= given <= len(ids):
+        paths.checked_counts(given=given)
+        if given > len(ids):
             raise ValueError(f"given must be in 1..{len(ids)}, got {given}")
         return float(paths.path(self.model, ids).logprobs[given - 1 :].double().sum())
 
@@ -183,9 +184,16 @@ class EmbeddingWalk:
         self, prompt: str | Sequence[int] | Tensor, n: int = 64, length: int = 32, temperature: float = 1.0,
         top_p: float | None = None, top_k: int | None = None, seed: int = 0,
     ) -> paths.SampledPaths:  # fmt: skip
-        """Random walks from a prompt, with the context vectors that they go through; the end token ends nothing."""
+        """Random walks from a prompt, with the context vectors that they go through; the end token ends nothing.
+
+        Raises:
+            TypeError: for encoders.
+            ValueError: for counts below 1, temperatures or cut-offs that cannot be, or more tokens than positions.
+        """
         paths.checked_draws(n, length, temperature, top_k, top_p)
-        return paths.sample(self.model, self._causal(prompt), n, length, temperature, top_k, top_p, seed)
+        ids = self._causal(prompt)
+        self._fits(ids, length)
+        return paths.sample(self.model, ids, n, length, temperature, top_k, top_p, seed)
 
     def reachable(
         self, prompt: str | Sequence[int] | Tensor, depth: int, eps: float = 1e-4, batch: int = 64,
@@ -194,10 +202,17 @@ class EmbeddingWalk:
         """Every continuation of ``depth`` tokens that is more probable than ``eps``, with its exact probability.
 
         There are at most 1 / eps at every depth.
+
+        Raises:
+            TypeError: for encoders.
+            ValueError: for counts below 1, an ``eps`` outside 0..1, or more tokens than positions.
         """
-        if depth < 1 or not 0 < eps < 1 or batch < 1:
-            raise ValueError(f"depth and batch must be at least 1 and eps within 0..1, got {depth}, {batch}, {eps}")
-        return paths.reachable(self.model, self._causal(prompt), depth, eps, batch, use_cache)
+        paths.checked_counts(depth=depth, batch=batch)
+        if not 0 < eps < 1:
+            raise ValueError(f"eps must be within 0..1, got {eps}")
+        ids = self._causal(prompt)
+        self._fits(ids, depth)
+        return paths.reachable(self.model, ids, depth, eps, batch, use_cache)
 
     @torch.no_grad()
     def proximity(
@@ -218,43 +233,56 @@ class EmbeddingWalk:
         for name, near in closeness(trace.contexts[first:], rows).items():
             ranks = [torch.stack([_ranks(row) for row in x.cpu()]) for x in (near, logits)]
             orders = [torch.randperm(len(rows), generator=draw) for _ in range(draws)]
-            null = tuple(_correlation(ranks[0][:, order], ranks[1]) for order in orders)
-            found[name] = Statistic(_correlation(*ranks), null, "token vectors of other tokens")
+            drawn = torch.stack([_correlations(ranks[0][:, order], ranks[1]) for order in orders])
+            found[name] = _statistic(_correlations(*ranks), drawn, "token vectors of other tokens")
         return found
 
     def narrowing(
-        self, prompts: Sequence[str | Sequence[int] | Tensor], lengths: Sequence[int] | None = None
-    ) -> Float[Tensor, "N lengths"]:
+        self, prompts: Sequence[str | Sequence[int] | Tensor], lengths: Sequence[int] | None = None,
+        start: int | None = None,
+    ) -> Float[Tensor, "N lengths"]:  # fmt: skip
         """Entropy, in nats, of the next token after each prompt; how contexts narrow the walk.
 
         Args:
             prompts: at least one.
             lengths: run on so many last tokens of each prompt, a column each; on the whole where None (one column).
+            start: a token put before those: many models' attention rests on whatever comes first, which then says
+                little itself. The tokenizer's start token where None, nothing where it has none.
 
         Raises:
             ValueError: for no prompts, or a length that a prompt does not have.
         """
-        rows = [self._causal(prompt) for prompt in prompts]
-        if not rows:
-            raise ValueError("prompts must be at least one, got none")
+        output_head(self.model)
+        rows = token_rows(self.model, self.tokenizer, prompts, "prompts")
         shortest = min(map(len, rows))
         if lengths is not None and (not lengths or not all(1 <= n <= shortest for n in lengths)):
             raise ValueError(f"lengths must be in 1..{shortest}, the shortest prompt, got {list(lengths)}")
         columns = [None] if lengths is None else list(lengths)
+        first = rows[0][:0] if lengths is None else self._start(start)
         return torch.stack(
-            [paths.entropies(self.model, [ids if n is None else ids[-n:] for ids in rows]) for n in columns], 1
+            [
+                paths.entropies(self.model, [ids if n is None else torch.cat([first, ids[-n:]]) for ids in rows])
+                for n in columns
+            ],
+            1,
         )
 
     @torch.no_grad()
     def next_tokens(self, text: str | Sequence[int] | Tensor, k: int = 5) -> NextTokenMap:
-        """The ``k`` most probable next tokens at each place, and a plane in which they lie."""
+        """The ``k`` most probable next tokens at each place, and a plane in which they lie.
+
+        Raises:
+            TypeError: for encoders.
+            ValueError: unless ``k`` is in 1 .. vocabulary.
+        """
         ids = self._causal(text)
+        paths.checked_counts(k=k)
         trace = self.walk(ids)
         rows = widened(output_head(self.model).weight).to(trace.contexts.dtype)
-        if not 1 <= k <= len(rows):
+        if k > len(rows):
             raise ValueError(f"k must be in 1..{len(rows)}, got {k}")
-        inner: Any = unwrapped(self.model)
-        logits = widened(inner(input_ids=ids[None], use_cache=False).logits[0]).to(rows.dtype)
+        with evaluating(self.model):
+            logits = widened(self.model(input_ids=ids[None], use_cache=False).logits[0]).to(rows.dtype)
         best = logits.softmax(-1).topk(k)
         points = F.normalize(torch.cat([trace.contexts, rows[best.indices].flatten(0, 1)]), dim=-1)
         points = points - points.mean(0)
@@ -267,55 +295,78 @@ class EmbeddingWalk:
 
     @torch.no_grad()
     def bigrams(
-        self, texts: Sequence[str | Sequence[int] | Tensor], contexts: int = 20, draws: int = 99, seed: int = 0
-    ) -> dict[str, Statistic]:
+        self, texts: Sequence[str | Sequence[int] | Tensor], contexts: int = 20, least: int = 5, draws: int = 99,
+        seed: int = 0, null: Literal["contexts", "counts"] = "contexts", start: int | None = None,
+    ) -> dict[str, Statistic]:  # fmt: skip
         """Does closeness tell what a corpus does? (section 5).
 
-        ``conditional``: for each of the most frequent tokens, the rank correlation of how often tokens follow it in
-        the texts and of the log-probability after it alone, mean over tokens. ``pmi``: of pointwise mutual
-        information of pairs of neighbours and their token vectors' inner product, ``pmi, context``: and that of the
-        first one's context vector with the second's token vector. Null: the counts shuffled among the tokens compared.
+        ``conditional``: for each of the most frequent tokens, the rank correlation of how often each frequent token
+        follows it in the texts, which may be never, and of the log-probability after it alone, mean over tokens.
+        ``pmi``: of pointwise mutual information of these pairs of neighbours and their token vectors' inner product,
+        and ``pmi, context``: of the first one's context vector with the second's token vector.
 
         Args:
             texts: to count in.
-            contexts: how many frequent tokens; those that at least three tokens follow in different numbers.
+            contexts: how many of the most frequent tokens; at least two.
+            least: a token is frequent that comes second so often; counts of rarer ones say little.
             draws, seed: of the null model.
+            null: ``contexts`` holds counts after one token against closeness after another, so that what frequency
+                alone explains stays; ``counts`` shuffles the counts among the second tokens.
+            start: a token put before the first one, as in ``narrowing``.
+
+        Raises:
+            TypeError: for encoders.
+            ValueError: for counts below 1, another null model, or texts in which too little repeats.
         """
-        if draws < 1 or contexts < 1:
-            raise ValueError(f"draws and contexts must be at least 1, got {draws}, {contexts}")
-        rows = [self._causal(text) for text in texts]
-        pairs = torch.cat([torch.stack([row[:-1], row[1:]]) for row in rows], 1) if rows else torch.empty(2, 0).long()
-        unembedding = widened(output_head(self.model).weight)
-        frequent, counts = pairs[0].unique(return_counts=True)
-        groups: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        second = torch.bincount(pairs[1], minlength=len(unembedding)).double()
-        for token in frequent[counts.argsort(descending=True, stable=True)].tolist():
-            after, often = pairs[1][pairs[0] == token].unique(return_counts=True)
-            if len(after) < 3 or len(often.unique()) < 2:
-                continue
-            alone = self.walk([token])
-            context = alone.contexts[0].to(unembedding.dtype)
-            logits = context @ unembedding[after].T + (head_bias(self.model).expand(len(unembedding))[after])
-            pmi = (often.double() / second[after]).log()
-            groups.append((often.double(), pmi, logits, unembedding[after] @ unembedding[token]))
-            if len(groups) == contexts:
+        paths.checked_counts(contexts=contexts, least=least, draws=draws)
+        if null not in ("contexts", "counts"):
+            raise ValueError(f"null must be 'contexts' or 'counts', got {null!r}")
+        unembedding, bias = widened(output_head(self.model).weight), head_bias(self.model)
+        rows = token_rows(self.model, self.tokenizer, texts, "texts")
+        before, after = torch.cat([torch.stack([row[:-1], row[1:]]) for row in rows], 1)
+        size = len(unembedding)
+        often = torch.bincount(after, minlength=size)
+        seconds = (often >= least).nonzero()[:, 0]
+        counts: list[Tensor] = []
+        firsts: list[int] = []
+        for token in torch.bincount(before, minlength=size).argsort(descending=True, stable=True).tolist():
+            found = torch.bincount(after[before == token], minlength=size)[seconds]
+            if len(found) < 3 or len(found.unique()) < 2:
                 break
-        if not groups:
-            raise ValueError("texts must repeat some pair of tokens, got none that does")
+            counts.append(found.double())
+            firsts.append(token)
+            if len(firsts) == contexts:
+                break
+        if len(firsts) < 2:
+            raise ValueError(f"texts must hold two tokens, and three that come second {least} times, got fewer")
+        alone = [torch.cat([self._start(start), after.new_tensor([token])]) for token in firsts]
+        context = torch.stack([self.walk(ids).contexts[-1] for ids in alone]).to(unembedding.dtype)
+        goals = unembedding[seconds]
+        logits = context @ goals.T
+        near = unembedding[torch.tensor(firsts, device=unembedding.device)] @ goals.T
+        follows = torch.stack(counts)
+        # of what never follows it is minus infinity, the last rank
+        pmi = (follows / often[seconds]).log()
         draw = generator(seed)
 
-        def measured(columns: Sequence[tuple[Tensor, Tensor]]) -> Statistic:
-            value = sum(spearman(x, y) for x, y in columns) / len(columns)
-            null = tuple(
-                sum(spearman(x[torch.randperm(len(x), generator=draw)], y) for x, y in columns) / len(columns)
-                for _ in range(draws)
-            )
-            return Statistic(value, null, "counts of other tokens")
+        def measured(x: Tensor, y: Tensor) -> Statistic:
+            x, y = (torch.stack([_ranks(row) for row in v.cpu()]) for v in (x, y))
+            drawn = []
+            for _ in range(draws):
+                if null == "counts":
+                    other = torch.stack([row[torch.randperm(x.shape[1], generator=draw)] for row in x])
+                else:
+                    # a token never meets itself
+                    order = torch.randperm(len(x), generator=draw)
+                    other = torch.empty_like(x)
+                    other[order] = x[order.roll(1)]
+                drawn.append(_correlations(other, y))
+            return _statistic(_correlations(x, y), torch.stack(drawn), f"{null} of other tokens")
 
         return {
-            "conditional": measured([(often, logits) for often, _, logits, _ in groups]),
-            "pmi": measured([(pmi, near) for _, pmi, _, near in groups]),
-            "pmi, context": measured([(pmi, logits) for _, pmi, logits, _ in groups]),
+            "conditional": measured(follows, logits + bias.expand(size)[seconds]),
+            "pmi": measured(pmi, near),
+            "pmi, context": measured(pmi, logits),
         }
 
 
@@ -325,7 +376,12 @@ def _ranks(x: Tensor) -> Tensor:
     return torch.from_numpy(rankdata(x.double().numpy()))
 
 
-def _correlation(x: Tensor, y: Tensor) -> float:
-    """Mean over rows of the correlation of ranks."""
+def _correlations(x: Tensor, y: Tensor) -> Tensor:
+    """Correlation of each row of ranks."""
     x, y = (v - v.mean(1, keepdim=True) for v in (x, y))
-    return float(F.cosine_similarity(x, y, dim=1).mean())
+    return F.cosine_similarity(x, y, dim=1)
+
+
+def _statistic(each: Tensor, drawn: Tensor, what: str) -> Statistic:
+    null = tuple(drawn.mean(1).tolist())
+    return Statistic(each.mean().item(), null, what, True, tuple(each.tolist()), tuple(drawn.mean(0).tolist()))

@@ -22,6 +22,7 @@ from torchgraft.language.implicit_instruction.rules import (
 from torchgraft.language.implicit_instruction.tuning import (
     ResponseCollator,
     published_settings,
+    response_loss,
     training_examples,
     tune,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "default_token_bias",
     "eos_score",
     "published_settings",
+    "response_loss",
     "response_only",
     "response_ranking",
     "response_scores",

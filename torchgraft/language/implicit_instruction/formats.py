@@ -89,14 +89,11 @@ class ChatFormat:
 
     def _segments(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[tuple[str, int | None]]:
         """Texts between EOS tokens, each with the place in it where a response begins."""
-        if not messages:
-            raise ValueError("messages is empty; a conversation has at least one")
+        _check(messages)
         head = {"system": "<|system|>\n", "user": f"{self.user_tag}\n", "assistant": f"{self.assistant_tag}\n"}
         found: list[tuple[str, int | None]] = []
         text = ""
-        for number, message in enumerate(messages):
-            if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
-                raise ValueError(f"message {number} must have a role of {ROLES} and text as content, got {message!r}")
+        for message in messages:
             text += head[message["role"]]
             if message["role"] == "assistant":
                 found.append((text + message["content"].strip(), len(text)))
@@ -107,10 +104,18 @@ class ChatFormat:
             text += head["assistant"]
         # the line break after the last EOS is no part of the conversation
         if text != "\n" or not found:
-            found.append((text if add_generation_prompt else text.rstrip("\n"), None))
+            found.append((text if add_generation_prompt else text.removesuffix("\n"), None))
         elif not add_generation_prompt:
             found.append(("", None))
         return found
+
+    def _tokens(self, tokenizer: Any, text: str, segment: int) -> list[int]:
+        """Tokens of a segment as it stands in the conversation: SentencePiece puts a space before a text's beginning
+        alone, not after EOS."""
+        mark = self.bos if segment == 0 else self.eos or getattr(tokenizer, "eos_token", None)
+        before = _tokens(tokenizer, mark or "")
+        together = _tokens(tokenizer, (mark or "") + text)
+        return together[len(before) :] if together[: len(before)] == before else _tokens(tokenizer, text)
 
     def labels(self, tokenizer: Any, messages: Sequence[Message]) -> dict[str, list[int]]:
         """Token ids of a conversation, with labels of -100 wherever no loss is taken.
@@ -133,8 +138,10 @@ class ChatFormat:
         labels = [IGNORED] * len(ids)
         segments = self._segments(messages, False)
         for number, (text, response) in enumerate(segments):
-            tokens = _tokens(tokenizer, text)
-            start = len(tokens) if response is None else _boundary(tokenizer, tokens, text, response)
+            tokens = self._tokens(tokenizer, text, number)
+            start = len(tokens)
+            if response is not None:
+                start = _boundary(tokens, self._tokens(tokenizer, text[:response], number), text[response:])
             ids += tokens
             labels += [IGNORED] * start + tokens[start:]
             if number < len(segments) - 1:
@@ -150,20 +157,20 @@ class ChatFormat:
         Raises:
             ValueError: without a user's message.
         """
-        if not any(message.get("role") == "user" for message in messages):
+        segments = self._segments(messages, True)
+        if not any(message["role"] == "user" for message in messages):
             raise ValueError("messages have no user's message to answer")
         ids = _bos(self, tokenizer)
-        segments = self._segments(messages, True)
-        for text, _ in segments[:-1]:
-            ids += [*_tokens(tokenizer, text), _eos(self, tokenizer)]
-        text = segments[-1][0]
+        for number, (text, _) in enumerate(segments[:-1]):
+            ids += [*self._tokens(tokenizer, text, number), _eos(self, tokenizer)]
+        text, number = segments[-1][0], len(segments) - 1
         last = [message["content"].strip() for message in messages if message["role"] == "user"][-1]
         tail = f"{last}\n{self.assistant_tag}\n"
         if not text.endswith(f"{self.user_tag}\n{tail}"):
             raise ValueError("messages must end with a user's message, which the model then answers")
-        tokens = _tokens(tokenizer, text)
+        tokens = self._tokens(tokenizer, text, number)
         # where a token joins the tag's line break to the instruction it counts as the instruction's
-        start = _common(tokens, _tokens(tokenizer, text.removesuffix(tail)))
+        start = _common(tokens, self._tokens(tokenizer, text.removesuffix(tail), number))
         return ids + tokens, len(ids) + start
 
     def prompts(self, tokenizer: Any, instructions: Sequence[str | Sequence[Message]]) -> Prompts:
@@ -199,16 +206,27 @@ class ChatFormat:
             + "{% for m in messages %}{% if not loop.first and messages[loop.index0 - 1]['role'] == 'assistant' %}"
             + r"{{ '\n' }}{% endif %}{% if m['role'] == 'user' %}{{ "
             + repr(self.user_tag + "\n")
-            + r" + m['content'].strip() + '\n' }}{% elif m['role'] == 'system' %}{{ '<|system|>\n' + "
-            + r"m['content'].strip() + '\n' }}{% else %}{{ "
+            + r" + m['content'].strip() }}{% elif m['role'] == 'system' %}{{ '<|system|>\n' + "
+            + r"m['content'].strip() }}{% else %}{{ "
             + repr(self.assistant_tag + "\n")
             + " }}{% generation %}{{ m['content'].strip() + "
             + eos
-            + " }}{% endgeneration %}{% endif %}{% endfor %}{% if add_generation_prompt %}"
+            + " }}{% endgeneration %}{% endif %}"
+            + r"{% if m['role'] != 'assistant' and (not loop.last or add_generation_prompt) %}{{ '\n' }}{% endif %}"
+            + "{% endfor %}{% if add_generation_prompt %}"
             + r"{% if messages[-1]['role'] == 'assistant' %}{{ '\n' }}{% endif %}{{ "
             + repr(self.assistant_tag + "\n")
             + " }}{% endif %}"
         )
+
+
+def _check(messages: Any) -> None:
+    if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
+        raise ValueError(f"messages must be a conversation, a list of at least one message, got {messages!r}")
+    for number, message in enumerate(messages):
+        known = isinstance(message, Mapping) and message.get("role") in ROLES
+        if not known or not isinstance(message.get("content"), str):
+            raise ValueError(f"message {number} must have a role of {ROLES} and text as content, got {message!r}")
 
 
 def _tokens(tokenizer: Any, text: str) -> list[int]:
@@ -219,13 +237,12 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _boundary(tokenizer: Any, tokens: list[int], text: str, place: int) -> int:
-    """How many tokens make the text before a place; it must be a place between tokens."""
-    before = _tokens(tokenizer, text[:place])
+def _boundary(tokens: list[int], before: list[int], response: str) -> int:
+    """How many tokens stand before a response; it must begin with a token of its own."""
     if tokens[: len(before)] != before:
         raise ValueError(
-            f"tokenizer joins the assistant tag to the response {text[place : place + 20]!r} in one token, so that the "
-            "response cannot be trained alone; use other tags"
+            f"tokenizer joins the assistant tag to the response {response[:20]!r} in one token, so that the response "
+            "cannot be trained alone; use other tags"
         )
     return len(before)
 
@@ -254,7 +271,9 @@ def _eos(chat: ChatFormat, tokenizer: Any) -> int:
 
 
 def response_only(dataset: Any, column: str = "messages", rewrite: Callable[[str, str], str] | None = None) -> Any:
-    """Response tuning's data (section 3): every user's words become "", tags and responses stay.
+    """Response tuning's data (section 3): every user's words become "", tags, responses and system messages stay.
+
+    A conversation without a response is an error, not passed through: it would be a row with no loss.
 
     Args:
         dataset: of the ``datasets`` library, or a list of rows.
@@ -266,7 +285,8 @@ def response_only(dataset: Any, column: str = "messages", rewrite: Callable[[str
         The same kind of data, new.
 
     Raises:
-        ValueError: when a row has no such column.
+        ValueError: when a row has no such column, or no conversation with a response in it.
+        TypeError: when the dataset is neither of the ``datasets`` library nor a list of rows.
 
     Example:
         >>> rows = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}]
@@ -277,6 +297,9 @@ def response_only(dataset: Any, column: str = "messages", rewrite: Callable[[str
     def emptied(row: Mapping[str, Any]) -> dict[str, Any]:
         if column not in row:
             raise ValueError(f"column {column!r} is not in the data, which has {sorted(row)}")
+        _check(row[column])
+        if all(message["role"] != "assistant" for message in row[column]):
+            raise ValueError(f"a row has no response to train on; filter such rows out first: {row[column]!r}")
         asked, kept = "", []
         for message in row[column]:
             new = dict(message)
@@ -287,7 +310,12 @@ def response_only(dataset: Any, column: str = "messages", rewrite: Callable[[str
             kept.append(new)
         return {**row, column: kept}
 
-    return dataset.map(emptied) if hasattr(dataset, "map") else [emptied(row) for row in dataset]
+    if hasattr(dataset, "map") and hasattr(dataset, "column_names"):
+        return dataset.map(emptied)
+    rows = list(dataset) if isinstance(dataset, Iterable) else None
+    if rows is None or not all(isinstance(row, Mapping) for row in rows):
+        raise TypeError(f"dataset must be of the datasets library or a list of rows, got {type(dataset).__name__}")
+    return [emptied(row) for row in rows]
 
 
 def _pair(instruction: str, response: str) -> dict[str, list[dict[str, str]]]:

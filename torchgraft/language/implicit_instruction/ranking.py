@@ -85,8 +85,13 @@ def response_scores(
     real = torch.arange(longest, device=device) < torch.tensor([[len(row)] for row in rows], device=device)
     with _evaluating(model):
         logits = _logits(model, head, ids, real, share_prompt)
-    told = logits.double().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    total = torch.where(real, told, 0.0).sum(1)
+    # row by row: float64 logits of all at once would need twice the memory of the pass itself
+    total = torch.stack(
+        [
+            row[some].double().log_softmax(-1).gather(-1, wanted[some, None]).sum()
+            for row, wanted, some in zip(logits, ids[:, 1:], real, strict=True)
+        ]
+    )
     if not torch.isfinite(total).all():
         raise ValueError("model gave log-probabilities that are not finite")
     return total / real.sum(1) if normalise == "mean" else total

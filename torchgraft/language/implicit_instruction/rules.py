@@ -109,9 +109,11 @@ class ImplicitInstructProcessor(LogitsProcessor):
     instruction, in the assistant tag, and in what was generated. Section 6 of "Instruction Following without
     Instruction Tuning" (arXiv 2409.14254).
 
-    Everything follows from ``input_ids`` alone; nothing is kept between steps. So caches, batches with padding on the
-    left, sampling, beams and prompt lookup need no care. With beams pass ``renormalize_logits=True`` to ``generate``
-    too, so that a beam's score is the logarithm of a probability of the product.
+    Everything follows from ``input_ids`` alone; nothing is kept between steps or calls. So caches, batches with padding
+    on the left, sampling, beams, assisted decoding and prompt lookup need no care, and the same object serves any
+    number of ``generate`` calls for its prompts; other prompts are refused where their ids are known. With beams pass
+    ``renormalize_logits=True`` to ``generate`` too, so that a beam's score is the logarithm of a probability of the
+    product.
 
     Differences from the official code: batches (it reads the first row for all); the strings of rule 2 instead of
     Llama-2's token ids; boundaries from the rendered prompt instead of a search for the tags' last five tokens, which
@@ -122,7 +124,7 @@ class ImplicitInstructProcessor(LogitsProcessor):
     Args:
         tokenizer: names EOS and the tokens of rule 2.
         prompt: ``Prompts`` of ``ChatFormat.prompts``; or the prompt's token ids (T,) or (B, T), padded on the left;
-            or only its length T.
+            or only its length T, padding included, and then nothing tells one prompt from another.
         rules: which of the three.
         eos_slope, eos_horizon: see ``eos_score``.
         token_bias: scores of token ids; ``default_token_bias(tokenizer)`` where None.
@@ -164,8 +166,7 @@ class ImplicitInstructProcessor(LogitsProcessor):
         eos_token_id: int | Sequence[int] | None = None,
         start_rule: bool = False,
     ) -> None:
-        unknown = [rule for rule in rules if rule not in RULES]
-        if isinstance(rules, str) or unknown:
+        if isinstance(rules, str) or not isinstance(rules, Collection) or any(rule not in RULES for rule in rules):
             raise ValueError(f"rules must be some of {RULES}, got {rules!r}")
         if isinstance(eos_horizon, bool) or not isinstance(eos_horizon, int) or eos_horizon <= 0:
             raise ValueError(f"eos_horizon must be a whole number of tokens above 0, got {eos_horizon!r}")
@@ -180,7 +181,14 @@ class ImplicitInstructProcessor(LogitsProcessor):
         self.eos = _eos_ids(tokenizer, eos_token_id) if "eos" in self.rules else ()
         self.bias = self._bias(tokenizer, token_bias)
         self.prompt_ids, self.length, start = _prompt(prompt)
+        if self.prompt_ids is not None and self.padding is not None and (self.prompt_ids[:, -1] == self.padding).any():
+            raise ValueError("prompt must be padded on the left, but a row of it ends with the padding token")
         self.start = _starts(start if instruction_start is None else instruction_start, self.length)
+        if self.start is not None and self.prompt_ids is not None and len(self.start) not in (1, len(self.prompt_ids)):
+            raise ValueError(
+                f"instruction_start must be one column or one for each of {len(self.prompt_ids)} prompts, got "
+                f"{len(self.start)}"
+            )
         self.opening = _opening(tokenizer) if start_rule else ()
 
     def _bias(self, tokenizer: Any, given: Mapping[int, float] | TokenBias | None) -> TokenBias:
@@ -193,7 +201,10 @@ class ImplicitInstructProcessor(LogitsProcessor):
             if given.missing:
                 left_out = ", ".join(map(repr, given.missing))
                 warnings.warn(f"no single token for {left_out}; rule 2 leaves them out", stacklevel=3)
-        bias = given if isinstance(given, TokenBias) else TokenBias(dict(given))
+        values = given.values if isinstance(given, TokenBias) else given
+        if not isinstance(values, Mapping) or any(isinstance(t, bool) or not isinstance(t, int) for t in values):
+            raise TypeError(f"token_bias must map token ids to scores, got {given!r}; see default_token_bias for texts")
+        bias = given if isinstance(given, TokenBias) else TokenBias(dict(values))
         wrong = {token: score for token, score in bias.values.items() if token < 0 or not math.isfinite(score)}
         if wrong:
             raise ValueError(f"token_bias must give finite scores to token ids, got {wrong}")
@@ -248,10 +259,13 @@ class ImplicitInstructProcessor(LogitsProcessor):
         starts = 1 if self.start is None else len(self.start)
         if any(len(input_ids) % count for count in (prompts, starts)):
             raise ValueError(f"input_ids has {len(input_ids)} rows, no multiple of the {max(prompts, starts)} prompts")
-        if self.prompt_ids is not None and generated == 0:
+        if self.prompt_ids is not None:
             expected = _repeated(self.prompt_ids.to(input_ids.device), len(input_ids))
-            if not torch.equal(expected, input_ids):
-                raise ValueError("the assistant tag is not where it was: input_ids do not begin with the prompt given")
+            if not torch.equal(expected, input_ids[:, : self.length]):
+                raise ValueError(
+                    "the assistant tag is not where it was: input_ids do not begin with the prompt given; other "
+                    "prompts need a processor of their own"
+                )
 
     def _counted(self, input_ids: Tensor) -> Tensor:
         """(B, T): which columns the diversity rule looks at."""

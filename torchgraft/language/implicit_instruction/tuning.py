@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from torchgraft.language.implicit_instruction.formats import IGNORED, ChatFormat
@@ -124,6 +125,39 @@ class ResponseCollator:
         }
 
 
+def response_loss(logits: Float[Tensor, "b t v"], labels: Int[Tensor, "b t"]) -> Float[Tensor, ""]:
+    """Negative log-likelihood a token of each response, then the mean over examples: each weighs the same.
+
+    The official scripts do this by batches of one example and 32 steps of accumulation on two devices. transformers'
+    own loss weighs every token the same instead, so that long responses count for more.
+
+    Args:
+        logits: (B, T, V), of the model that reads the conversations.
+        labels: (B, T), -100 where no loss is taken; not shifted.
+
+    Raises:
+        ValueError: when an example has no label.
+
+    Example:
+        >>> labels = torch.tensor([[-100, 3, 1], [-100, 2, -100]])
+        >>> round(response_loss(torch.zeros(2, 3, 4), labels).exp().item(), 6)  # uniform: one in four
+        4.0
+    """
+    wanted = labels[:, 1:]
+    counts = (wanted != IGNORED).sum(1)
+    if not counts.all():
+        empty = (counts == 0).nonzero()[:, 0].tolist()
+        raise ValueError(f"labels must have something to train in every row, got none in rows {empty}")
+    losses = nn.functional.cross_entropy(
+        logits[:, :-1].transpose(1, 2).float(), wanted, ignore_index=IGNORED, reduction="none"
+    )
+    return (losses.sum(1) / counts).mean()
+
+
+def _recomputes(model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 def tune(
     model: Any,
     tokenizer: Any,
@@ -134,34 +168,39 @@ def tune(
     chat: ChatFormat | None = None,
     column: str = "messages",
     max_length: int = 2048,
+    weighting: Literal["examples", "tokens"] = "examples",
 ) -> Any:
     """Finetune on responses with transformers' ``Trainer``; give it ``response_only`` data for response tuning.
 
-    The loss is transformers' own: the mean over all response tokens of a batch (the paper writes a mean over
-    examples, its code does this).
-
     Args:
-        model: a causal language model, trained in place.
+        model: a causal language model, trained in place; with adapters of peft already in it, these are trained.
         tokenizer: its tokenizer.
         dataset: conversations.
         arguments: ``transformers.TrainingArguments``, see ``published_settings``.
-        peft_config: such as ``peft.LoraConfig(task_type="CAUSAL_LM")``: only adapters are trained. The paper trains
-            all weights.
+        peft_config: such as ``peft.LoraConfig(task_type="CAUSAL_LM")``: only adapters are trained, and the other
+            weights no longer ask for gradients. The paper trains all weights.
         chat, column, max_length: as in ``training_examples``.
+        weighting: ``examples`` (``response_loss``, as published), or ``tokens`` (transformers' own loss: all response
+            tokens of a step weigh the same).
 
     Returns:
-        The trained model in eval mode: the one given, or a peft model around it. When anything fails the weights and
-        modules of the given model are as they were.
+        The trained model in eval mode: the one given, or a peft model around it. When anything fails the weights,
+        modules, gradients and modes of the given model are as they were.
 
     Raises:
-        TypeError, ValueError: for a model without a head, more tokens than it has positions or embeddings, or data as
-            in ``training_examples``; before anything is changed.
+        TypeError, ValueError: for a model without a head, a peft configuration for a model that has adapters already,
+            more tokens than the model has positions or embeddings, another weighting, or data as in
+            ``training_examples``; before anything is changed.
     """
     from transformers import Trainer
 
     head: Any = getattr(model, "get_output_embeddings", None)
     if not isinstance(model, nn.Module) or head is None or head() is None:
         raise TypeError(f"model must be a causal language model of transformers, got {type(model).__name__}")
+    if peft_config is not None and hasattr(model, "peft_config"):
+        raise TypeError("model has adapters of peft already; leave peft_config out to train them, or unload them first")
+    if weighting not in ("examples", "tokens"):
+        raise ValueError(f"weighting must be 'examples' or 'tokens', got {weighting!r}")
     examples = training_examples(dataset, tokenizer, chat, column=column, max_length=max_length)
     longest, highest = (max(f(e["input_ids"]) for e in examples) for f in (len, max))
     inner: Any = model
@@ -171,22 +210,56 @@ def tune(
     if highest >= len(known):
         raise ValueError(f"tokenizer gives ids up to {highest}, the model has {len(known)} embeddings; resize them")
 
-    before, training = {name: value.clone() for name, value in model.state_dict().items()}, model.training
-    needed = {name: p.requires_grad for name, p in model.named_parameters()}
+    class EveryExample(Trainer):
+        def __init__(self, *args: Any, **more: Any) -> None:
+            super().__init__(*args, **more)
+            self.model_accepts_loss_kwargs = False  # a mean of each batch, which Trainer then averages over the step
+
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+            labels = inputs.pop("labels")
+            outputs = model(**inputs)
+            # a soft prompt stands before the conversation and has no labels
+            loss = response_loss(outputs.logits[:, -labels.shape[1] :], labels)
+            return (loss, outputs) if return_outputs else loss
+
+    kind = EveryExample if weighting == "examples" else Trainer
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [(module, module.training) for module in model.modules()]
+    recomputes = _recomputes(model)
+    gradients = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     adapted: Any = model
     try:
         if peft_config is not None:
             from peft import get_peft_model
 
             adapted = get_peft_model(model, peft_config)
-        collator = ResponseCollator(getattr(tokenizer, "pad_token_id", None) or 0)
-        Trainer(adapted, arguments, train_dataset=examples, data_collator=collator).train()
+        own, cached = dict(adapted.__dict__), getattr(inner.config, "use_cache", None)
+        try:
+            collator = ResponseCollator(getattr(tokenizer, "pad_token_id", None) or 0)
+            kind(adapted, arguments, train_dataset=examples, data_collator=collator).train()
+        finally:
+            if cached is not None:
+                inner.config.use_cache = cached
+            if _recomputes(model) and not recomputes:
+                # transformers 5 changed the name on its way
+                named = "activation" if hasattr(inner, "activation_checkpointing_disable") else "gradient"
+                getattr(inner, f"{named}_checkpointing_disable")()
+                inner.disable_input_require_grads()
+            # accelerate wraps ``forward`` for mixed precision; without this the model would go on in that precision
+            for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+                if name not in own:
+                    adapted.__dict__.pop(name, None)
+                else:
+                    adapted.__dict__[name] = own[name]
     except BaseException:
-        if adapted is not model:
+        if adapted is not model and hasattr(adapted, "unload"):
             adapted.unload()
+            model.__dict__.pop("peft_config", None)
         model.load_state_dict(before)
-        for name, p in model.named_parameters():
-            p.requires_grad_(needed[name])
-        model.train(training)
+        for p, needed, grad in gradients:
+            p.requires_grad_(needed)
+            p.grad = grad
+        for module, training in modes:
+            module.training = training
         raise
     return adapted.eval()
