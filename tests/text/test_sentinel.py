@@ -7,6 +7,7 @@ import pickle
 import random
 import subprocess
 import sys
+import traceback
 
 import numpy as np
 import pytest
@@ -252,6 +253,23 @@ def test_bad_passkeys_are_refused_without_showing_them(without_shape_checks, pas
     assert "12345" not in str(caught.value)
 
 
+def test_the_passkey_is_in_no_frame_and_no_cause_of_an_error(without_shape_checks):
+    # what reporters of errors collect: locals of every frame, and the errors behind the error
+    wrong = [("\udc80-hush-hush", {}), ("hush-hush" * 9, {}), ("hush-hush", {"scheme": "md5"}),
+             (b"hush-hush", {"scheme": "official"}), (["hush-hush"], {})]  # fmt: skip
+    for passkey, how in wrong:
+        with pytest.raises((TypeError, ValueError)) as caught:
+            SentinelKey(passkey, **how)
+        assert caught.value.__context__ is None
+        told = traceback.TracebackException.from_exception(caught.value, capture_locals=True)
+        inside = [frame for frame in told.stack if frame.filename == keys_module.__file__]
+        assert len(inside) == 1
+        assert "hush" not in str(inside[0].locals)
+    client = SentinelTokenizer(TOKENIZERS["bert"], KEY)
+    for duplicate in (copy.copy(client), copy.deepcopy(client)):
+        assert duplicate.encrypt("a good film") == client.encrypt("a good film")
+
+
 # --- geometry
 
 
@@ -311,8 +329,11 @@ def test_adapted_rows_keep_their_distances(dtype):
 def test_wrong_shapes_of_directions_are_named(without_shape_checks):
     with pytest.raises(ValueError, match=r"must both be \(steps, 4\)"):
         glide(torch.zeros(3, 4), torch.ones(1, 5), torch.ones(1, 5))
-    with pytest.raises(ValueError, match="a row that is zero"):
-        glide(torch.zeros(3, 4), torch.zeros(1, 4), torch.ones(1, 4))
+    for line in (torch.zeros(1, 4), torch.full((1, 4), float("nan")), torch.full((1, 4), float("inf"))):
+        with pytest.raises(ValueError, match="a row that is zero or not finite"):
+            glide(torch.zeros(3, 4), line, torch.ones(1, 4))
+    with pytest.raises(TypeError, match="floating-point"):
+        glide(torch.zeros(3, 4, dtype=torch.long), torch.ones(1, 4), torch.ones(1, 4))
 
 
 # --- the client's and the server's tokenizer
@@ -448,6 +469,13 @@ def test_bad_texts_and_tokenizers_are_named(without_shape_checks, monkeypatch):
     for ids in ([-1], [len(tokenizer)]):
         with pytest.raises(ValueError, match=r"ids must lie in 0\.\."):
             client.decrypt_ids(ids)
+    for ids in (torch.tensor(5), [1.5], [True, False]):
+        with pytest.raises(TypeError, match="ids must be"):
+            client.decrypt_ids(ids)
+    with pytest.raises(TypeError, match="text must be a str, got int"):
+        client.decrypt(3)
+    with pytest.raises(TypeError, match="must be a tokenizer"):
+        client.check("server")
     without = copy.deepcopy(tokenizer)
     without.unk_token = None
     with pytest.raises(ValueError, match="no unk_token"):
@@ -500,6 +528,38 @@ def test_layernorm_after_the_embedding_undoes_official_directions_and_not_random
     with pytest.raises(AssertionError, match="not close"):
         same_answers(model, adapted, tokenizer, server, client, [TEXTS], tolerance=0.05)
     assert report.warnings == ()
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "electra"])
+def test_a_translation_taken_off_the_positions_leaves_reflections_alone(kind):
+    model, tokenizer = model_of(kind), tokenizer_of(kind)
+    far, mirrored = (
+        adapt(model, tokenizer, KEY, **how)[0] for how in ({"translation": 8.0}, {"scale_preserving": True})
+    )
+    moved = far.get_input_embeddings().weight - mirrored.get_input_embeddings().weight
+    assert (moved - moved[0]).abs().max() < 1e-12  # one translation for all rows
+    positions = next(m for name, m in far.named_modules() if name.endswith("position_embeddings"))
+    sent = [SentinelTokenizer(tokenizer, KEY).encrypt_batch(TEXTS[:3])]
+    server = SERVERS["roberta" if kind == "roberta" else "bert"]
+    expected = answers(mirrored, server, sent)[1]
+    assert (answers(far, server, sent)[1] - expected).abs().max() > 0.1
+    with torch.no_grad():
+        positions.weight -= moved[0]
+    torch.testing.assert_close(answers(far, server, sent)[1], expected, atol=1e-9, rtol=0)
+
+
+def test_a_model_with_adapters_of_peft_is_adapted_and_one_wrapped_at_its_embedding_refused():
+    peft = pytest.importorskip("peft")
+    tokenizer, client = TOKENIZERS["llama"], CLIENTS["llama"]
+    how = {"target_modules": ["q_proj"], "init_lora_weights": False}
+    model = peft.get_peft_model(model_of("llama", "ForCausalLM"), peft.LoraConfig(**how))
+    adapted, server, _ = adapt(model, tokenizer, KEY, glide_steps=0)
+    same_answers(model, adapted, tokenizer, server, client, [TEXTS[:3]])
+    wrapped = peft.get_peft_model(
+        model_of("llama", "ForCausalLM"), peft.LoraConfig(**how, modules_to_save=["embed_tokens"])
+    )
+    with pytest.raises(ValueError, match=r"before anything is put around its embedding \(peft"):
+        adapt(wrapped, tokenizer, KEY)
 
 
 def test_rms_norm_does_not_undo_official_directions():
@@ -564,6 +624,8 @@ def test_generation_of_hashes_reads_back_as_the_original_text():
     expected = model.generate(**tokenizer(TEXTS[0], return_tensors="pt"), **how)[0]
     got = adapted.generate(**server(client.encrypt(TEXTS[0]), return_tensors="pt"), **how)
     assert client.restore_ids(got)[0].tolist() == expected.tolist()
+    for ids in (got, got.numpy(), list(got), got.tolist()):
+        assert client.decrypt_ids(ids) == [tokenizer.decode(expected, skip_special_tokens=True)]
     assert client.decrypt_ids(got) == [tokenizer.decode(expected, skip_special_tokens=True)]
 
 
@@ -670,8 +732,14 @@ def test_datasets_of_pairs_words_and_splits():
         encrypt_dataset(table, ["c"], client)
     with pytest.raises(ValueError, match="num_proc must be 1"):
         encrypt_dataset(table, ["a"], client, num_proc=2)
-    with pytest.raises(ValueError, match="single string 'a'"):
-        encrypt_dataset(table, "a", client)
+    for fields in ("a", []):
+        with pytest.raises(ValueError, match="must be a sequence of column names"):
+            encrypt_dataset(table, fields, client)
+    with pytest.raises(ValueError, match="batched is on already"):
+        encrypt_dataset(table, ["a"], client, batched=False)
+    assert list(encrypt_dataset(table.to_iterable_dataset(), ["a"], client)) == [
+        {**table[0], "a": client.encrypt("good")}
+    ]
 
 
 def test_models_that_do_not_fit_are_refused_and_left_alone(without_shape_checks):
@@ -687,6 +755,16 @@ def test_models_that_do_not_fit_are_refused_and_left_alone(without_shape_checks)
     refused("directions must be", small, directions="up")
     refused("translation must be", small, translation=-1.0)
     refused("translation must be", small, translation=float("nan"))
+    refused("translation must be", small, translation=True)
+    with pytest.raises(TypeError, match="shuffle must be True or False, got 'no'"):
+        adapt(small, tokenizer, KEY, shuffle="no", inplace=True)
+    for name, value in (("suppress_tokens", [40]), ("bad_words_ids", [[40]])):
+        causal = model_of("llama", "ForCausalLM")
+        setattr(causal.generation_config, name, value)
+        refused(f"generation_config.{name} holds ids", causal, tok=TOKENIZERS["llama"])
+    broken = model_of("bert")
+    broken.get_input_embeddings().weight.data[7, 3] = float("nan")
+    refused("not finite", broken)
     refused("get_input_embeddings", torch.nn.Linear(3, 3))
     vit = transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     refused("get_input_embeddings", transformers.ViTModel(vit))
@@ -771,8 +849,24 @@ def test_attacks_take_models_and_refuse_nonsense(without_shape_checks):
         recovery_attack(model, adapted, order, k=(0, 1))
     with pytest.raises(ValueError, match="known_pairs must be"):
         recovery_attack(model, adapted, order, metric="procrustes", known_pairs=10**6)
-    with pytest.raises(TypeError, match="a model or its embedding matrix"):
+    with pytest.raises(TypeError, match="base_model must be a model or its embedding matrix"):
         recovery_attack("model", adapted, order)
+    # not finite numbers are near to everything: without the check all rows would count as found
+    with pytest.raises(ValueError, match="adapted_model must be a matrix of finite numbers"):
+        recovery_attack(torch.randn(9, 2), torch.full((9, 2), float("nan")), torch.arange(9))
+    for truth in (torch.arange(10), torch.tensor([0, -1]), torch.tensor([0, 0]), torch.arange(3.0)):
+        with pytest.raises(ValueError, match="truth"):
+            recovery_attack(torch.randn(9, 2), torch.randn(9, 2), truth)
+    with pytest.raises(ValueError, match="sample must be at least 1"):
+        recovery_attack(model, adapted, order, sample=0)
+    client = SentinelTokenizer(tokenizer, KEY)
+    for attack in (known_plaintext_attack, frequency_attack):
+        with pytest.raises(TypeError, match="must be a sequence of texts, got str"):
+            attack(client, "a film", client.encrypt_batch(["a film"]))
+        with pytest.raises(ValueError, match="is empty"):
+            attack(client, [], client.encrypt_batch(["a film"]))
+        with pytest.raises(TypeError, match="must be a SentinelTokenizer"):
+            attack(tokenizer, ["a film"], ["a film"])
 
 
 def test_known_plaintext_reads_what_it_has_seen():

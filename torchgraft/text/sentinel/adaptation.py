@@ -17,6 +17,8 @@ from torchgraft.text.sentinel.tokenizer import SentinelTokenizer
 __all__ = ["SentinelReport", "adapt", "glide", "permuted_rows", "reflect"]
 
 _MARK = "sentinel_adapted"  # in the model's configuration, so that it is noticed after loading too
+_LISTS_OF_IDS = ("bad_words_ids", "begin_suppress_tokens", "force_words_ids", "forced_decoder_ids", "sequence_bias",
+                 "suppress_tokens")  # fmt: skip
 _CHUNK = 128  # rows at a time, so that they stay in the processor's cache over all steps
 
 
@@ -35,7 +37,8 @@ def glide(
 ) -> Float[Tensor, "V D"]:
     """K glide reflections in a row, each a reflection and then a translation (section 3.2).
 
-    Distances between rows stay as they are. Computed in float64 and rounded once to the type of ``rows``.
+    Distances between rows stay as they are. Computed in float64 and rounded once to the type of ``rows``, which after
+    a translation of several times their spread costs a bfloat16 some of its eight bits.
 
     Args:
         rows: embedding matrix.
@@ -43,17 +46,20 @@ def glide(
         translations: added after each reflection.
 
     Raises:
-        ValueError: when lines and translations do not fit, or a line is zero.
+        TypeError: when ``rows`` holds whole numbers.
+        ValueError: when lines and translations do not fit, or a line is zero or not finite.
     """
     if lines.shape != translations.shape or lines.shape[-1] != rows.shape[-1]:
         raise ValueError(
             f"lines and translations must both be (steps, {rows.shape[-1]}), "
             f"got {tuple(lines.shape)} and {tuple(translations.shape)}"
         )
+    if not rows.is_floating_point():
+        raise TypeError(f"rows must be floating-point numbers, got {rows.dtype}")
     lines, translations = lines.to(rows.device, torch.float64), translations.to(rows.device, torch.float64)
     squares = lines.square().sum(-1).tolist()
-    if not all(square > 0 for square in squares):
-        raise ValueError("lines has a row that is zero, which is no direction to mirror along")
+    if not all(0 < square < float("inf") for square in squares):
+        raise ValueError("lines has a row that is zero or not finite, which is no direction to mirror along")
     # reflections are linear: the translations go through them by themselves and are added once, at the end
     shift = lines.new_zeros(lines.shape[-1])
     for line, step in zip(lines, translations, strict=True):
@@ -109,8 +115,9 @@ def _embedding(model: nn.Module) -> nn.Embedding:
         found = None
     if not isinstance(found, nn.Embedding):
         raise ValueError(
-            f"model must look tokens up in a torch.nn.Embedding that get_input_embeddings() returns; "
-            f"{type(model).__name__} gave {type(found).__name__}"
+            "model must look tokens up in a torch.nn.Embedding that get_input_embeddings() returns; "
+            f"{type(model).__name__} gave {type(found).__name__}. Adapt a model before anything is put around its "
+            "embedding (peft, quantization)"
         )
     if not found.weight.is_floating_point() or found.weight.is_meta:
         raise ValueError(
@@ -118,6 +125,10 @@ def _embedding(model: nn.Module) -> nn.Embedding:
             f"{found.weight.device}. Load the model without quantization of the embedding and without offloading"
         )
     return found
+
+
+def _finite(rows: Tensor) -> bool:
+    return bool(rows.detach().mean().isfinite())  # ten times as fast as asking every entry
 
 
 def _head(model: nn.Module, size: int) -> Any:
@@ -143,6 +154,11 @@ def _check_configured_ids(model: nn.Module, client: SentinelTokenizer) -> None:
     for owner in ("config", "generation_config"):
         settings = getattr(model, owner, None)
         for name, value in (settings.to_dict() if settings is not None else {}).items():
+            if name in _LISTS_OF_IDS and value:
+                raise ValueError(
+                    f"model.{owner}.{name} holds ids of the original vocabulary; set it to None, and give ids of the "
+                    "adapted model (client.permutation) to generate instead"
+                )
             if name.endswith("_token_id") and value is not None:
                 for i in value if isinstance(value, list) else [value]:
                     if 0 <= i < len(moved) and moved[i] != i:
@@ -191,16 +207,18 @@ def adapt(
         directions: ``"random"`` mirror lines and translations, or the script's multiples of the all-ones vector.
         scale_preserving: reflections only, so that norms and angles stay too.
         translation: with random directions, standard deviation of a translation's entries as a multiple of the root
-            mean square of the embedding's entries. Larger ones need more fine-tuning; 8 is about what the script's
-            numbers from [0, 1) are to a BERT.
+            mean square of the embedding's entries. With large ones words become a small part of what the layers see:
+            fine-tune without dropout and standardise what the head reads, as the recipe does. 8 is about what the
+            script's numbers from [0, 1) are to a BERT.
         inplace: change ``model`` itself instead of a copy.
 
     Returns:
         The adapted model, the tokenizer for it (``SentinelTokenizer.as_server_tokenizer``), and a report.
 
     Raises:
-        ValueError: for an unsupported architecture, a model that was adapted before, a tokenizer that does not fit, or
-            settings out of range; ``model`` is then as it was.
+        TypeError: for a key that is none, or a switch that is neither True nor False.
+        ValueError: for an unsupported architecture, an embedding that is not finite, a model that was adapted before,
+            a tokenizer that does not fit, or settings out of range; ``model`` is then as it was.
 
     Example:
         >>> from torchgraft.text.sentinel import toy_model
@@ -216,13 +234,18 @@ def adapt(
         raise ValueError(f"glide_steps must be a whole number from 0, got {glide_steps!r}")
     if directions not in ("random", "official"):
         raise ValueError(f"directions must be 'random' or 'official', got {directions!r}")
-    if not (isinstance(translation, (int, float)) and 0 <= translation < float("inf")):
+    for name, value in (("shuffle", shuffle), ("scale_preserving", scale_preserving), ("inplace", inplace)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+    if isinstance(translation, bool) or not (isinstance(translation, (int, float)) and 0 <= translation < float("inf")):
         raise ValueError(f"translation must be a number from 0, got {translation!r}")
     if getattr(getattr(model, "config", None), _MARK, False):
         raise ValueError("model is adapted already; adapt the original one, or a new copy of it, for another key")
     client = SentinelTokenizer(tokenizer, key, shuffle=shuffle)
     embedding = _embedding(model)
     size, width = embedding.weight.shape
+    if not _finite(embedding.weight):
+        raise ValueError("model's embedding matrix has entries that are not finite; did its training diverge?")
     if len(client.permutation) > size:
         raise ValueError(
             f"tokenizer has ids up to {len(client.permutation) - 1}, but the model's embedding has {size} rows; "

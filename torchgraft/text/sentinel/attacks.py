@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from torchgraft.text.sentinel.adaptation import _embedding
+from torchgraft.text.sentinel.adaptation import _embedding, _finite
 from torchgraft.text.sentinel.tokenizer import SentinelTokenizer
 
 __all__ = ["TextAttack", "frequency_attack", "gram_fingerprint", "known_plaintext_attack", "recovery_attack"]
@@ -45,12 +45,14 @@ def gram_fingerprint(rows: Float[Tensor, "V D"], powers: int = 8) -> Float[Tenso
     return ((x @ vectors).square() @ scaled).clamp_min(1e-300).log()
 
 
-def _table(model: Any) -> Tensor:
-    if isinstance(model, Tensor):
-        return model.detach().float().cpu()
+def _table(name: str, model: Any) -> Tensor:
     if isinstance(model, nn.Module):
-        return _embedding(model).weight.detach().float().cpu()
-    raise TypeError(f"a model or its embedding matrix is needed, got {type(model).__name__}")
+        model = _embedding(model).weight
+    if not isinstance(model, Tensor):
+        raise TypeError(f"{name} must be a model or its embedding matrix, got {type(model).__name__}")
+    if model.ndim != 2 or not _finite(model):
+        raise ValueError(f"{name} must be a matrix of finite numbers (V, D), got shape {tuple(model.shape)}")
+    return model.detach().float().cpu()
 
 
 def _ranks(queries: Tensor, table: Tensor, right: Tensor) -> Tensor:
@@ -105,15 +107,26 @@ def recovery_attack(
         found at rank 1.
 
     Raises:
-        ValueError: for an unknown metric, tables of different shapes, or a ``k`` below 1.
+        TypeError: when either is neither a model nor a matrix.
+        ValueError: for an unknown metric, tables of different shapes or not finite, a ``truth`` that does not fit them,
+            or ``k`` or ``sample`` below 1.
     """
     if metric not in _METRICS:
         raise ValueError(f"metric must be one of {', '.join(_METRICS)}, got {metric!r}")
-    base, adapted = _table(base_model), _table(adapted_model)
+    base, adapted = _table("base_model", base_model), _table("adapted_model", adapted_model)
     if base.shape != adapted.shape:
-        raise ValueError(f"the two embedding matrices must have one shape, got {base.shape} and {adapted.shape}")
-    if not k or min(k) < 1:
-        raise ValueError(f"k must hold numbers from 1, got {tuple(k)}")
+        raise ValueError(
+            f"the two embedding matrices must have one shape, got {tuple(base.shape)} and {tuple(adapted.shape)}"
+        )
+    truth = torch.as_tensor(truth)
+    if truth.dtype != torch.int64 or truth.ndim != 1 or len(truth.unique()) != len(truth) or not len(truth):
+        raise ValueError("truth must be a permutation, one int64 number a token: SentinelTokenizer.permutation")
+    if int(truth.min()) < 0 or max(int(truth.max()) + 1, len(truth)) > len(base):
+        raise ValueError(f"truth has {len(truth)} ids up to {int(truth.max())}, the matrices have {len(base)} rows")
+    if not k or not all(isinstance(n, int) and n >= 1 for n in k):
+        raise ValueError(f"k must hold whole numbers from 1, got {tuple(k)}")
+    if sample < 1:
+        raise ValueError(f"sample must be at least 1, got {sample}")
     if metric == "procrustes" and not 2 <= known_pairs < len(truth):
         raise ValueError(f"known_pairs must be 2 to {len(truth) - 1}, got {known_pairs}")
     drawn = torch.randperm(len(truth), generator=torch.Generator().manual_seed(seed))
@@ -159,6 +172,16 @@ class TextAttack:
     guesses: dict[str, str]
 
 
+def _check_texts(client: Any, **texts: Any) -> None:
+    if not isinstance(client, SentinelTokenizer):
+        raise TypeError(f"client must be a SentinelTokenizer, got {type(client).__name__}")
+    for name, value in texts.items():
+        if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(t, str) for t in value):
+            raise TypeError(f"{name} must be a sequence of texts, got {type(value).__name__}")
+        if not value:
+            raise ValueError(f"{name} is empty; give at least one text")
+
+
 def _scored(guesses: dict[str, int], encrypted: Sequence[str], client: SentinelTokenizer) -> TextAttack:
     truth = client.truth()
     seen = Counter(part for text in encrypted for part in text.split() if part in truth)
@@ -182,7 +205,11 @@ def known_plaintext_attack(client: SentinelTokenizer, known: Sequence[str], encr
         client: whose key made the hashes.
         known: readable texts that the attacker knows.
         encrypted: further hashed texts, of the same key.
+
+    Raises:
+        TypeError, ValueError: for anything but sequences of texts, and when no hash of this client is among them.
     """
+    _check_texts(client, known=known, encrypted=encrypted)
     hashed = client.encrypt_batch(list(known))
     ids = client._encode(list(known))["input_ids"]
     guesses = {
@@ -201,7 +228,11 @@ def frequency_attack(client: SentinelTokenizer, public: Sequence[str], encrypted
         client: whose key made the hashes; the attacker uses its public tokenizer only.
         public: readable texts, for instance of a public dataset.
         encrypted: the hashed texts.
+
+    Raises:
+        TypeError, ValueError: for anything but sequences of texts, and when no hash of this client is among them.
     """
+    _check_texts(client, public=public, encrypted=encrypted)
     base = client.tokenizer
     special = client.special
     common = Counter(i for row in client._encode(list(public))["input_ids"] for i in row if i not in special)

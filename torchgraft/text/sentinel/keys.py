@@ -48,6 +48,26 @@ def pairwise_swaps(ids: Sequence[int], seed: int) -> dict[int, int]:
     return swaps
 
 
+def _problem(passkey: Any, context: Any, scheme: Any) -> Exception | None:
+    """What is wrong with the arguments of a key, without a word of the passkey; made here and raised elsewhere."""
+    if not isinstance(passkey, (str, bytes)):
+        return TypeError(f"passkey must be str or bytes, got {type(passkey).__name__}")
+    if not isinstance(context, bytes):
+        return TypeError(f"context must be bytes, got {type(context).__name__}")
+    if scheme not in ("derived", "official"):
+        return ValueError(f"scheme must be 'derived' or 'official', got {scheme!r}")
+    if isinstance(passkey, str) and any("\ud800" <= c <= "\udfff" for c in passkey):
+        return ValueError("passkey has characters that UTF-8 cannot write")
+    length = len(passkey.encode("utf-8") if isinstance(passkey, str) else passkey)
+    if not 1 <= length <= _LONGEST_KEY:
+        return ValueError(f"passkey must have 1 to {_LONGEST_KEY} bytes, got {length}")
+    if scheme == "official" and context:
+        return ValueError("context is not part of scheme='official'; leave it empty or use scheme='derived'")
+    if scheme == "official" and not isinstance(passkey, str):
+        return TypeError("passkey must be str with scheme='official', whose seed is a sum of characters")
+    return None
+
+
 class SentinelKey:
     """What client and provider share. Holds sub-keys only, shows none of them, and cannot be pickled.
 
@@ -82,21 +102,10 @@ class SentinelKey:
     def __init__(
         self, passkey: str | bytes, context: bytes = b"", *, scheme: Literal["derived", "official"] = "derived"
     ) -> None:
-        # no message may show the passkey, not even its type's repr of the value
-        if not isinstance(passkey, (str, bytes)):
-            raise TypeError(f"passkey must be str or bytes, got {type(passkey).__name__}")
-        if not isinstance(context, bytes):
-            raise TypeError(f"context must be bytes, got {type(context).__name__}")
-        try:
-            secret = passkey.encode("utf-8") if isinstance(passkey, str) else passkey
-        except UnicodeEncodeError:
-            raise ValueError("passkey has characters that UTF-8 cannot write") from None
-        if not 1 <= len(secret) <= _LONGEST_KEY:
-            raise ValueError(f"passkey must have 1 to {_LONGEST_KEY} bytes, got {len(secret)}")
-        if scheme not in ("derived", "official"):
-            raise ValueError(f"scheme must be 'derived' or 'official', got {scheme!r}")
-        if scheme == "official" and context:
-            raise ValueError("context is not part of scheme='official'; leave it empty or use scheme='derived'")
+        if problem := _problem(passkey, context, scheme):
+            del passkey  # reports of errors may print the locals of every frame
+            raise problem
+        secret = passkey.encode("utf-8") if isinstance(passkey, str) else passkey
 
         def derived(purpose: bytes) -> bytes:
             return blake2b(context, key=secret, person=purpose, digest_size=32).digest()
@@ -104,9 +113,7 @@ class SentinelKey:
         self._seed: int | None = None
         self._token, self._order, self._geometry = map(derived, (b"token hash", b"vocabulary order", b"geometry"))
         if scheme == "official":
-            if not isinstance(passkey, str):
-                raise TypeError("passkey must be str with scheme='official', whose seed is a sum of characters")
-            self._token, self._seed = secret, sum(map(ord, passkey)) % _OFFICIAL_SEEDS
+            self._token, self._seed = secret, sum(map(ord, secret.decode("utf-8"))) % _OFFICIAL_SEEDS
 
     def token_hashes(self, tokens: Sequence[str]) -> list[str]:
         """The hash of each vocabulary string, 32 hexadecimal characters."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -116,6 +117,12 @@ class SentinelTokenizer:
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("a SentinelTokenizer is not pickled: it holds what turns hashes back into words")
 
+    def __copy__(self) -> SentinelTokenizer:
+        return SentinelTokenizer(self.tokenizer, self._key, shuffle=self.shuffle)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SentinelTokenizer:
+        return SentinelTokenizer(copy.deepcopy(self.tokenizer, memo), self._key, shuffle=self.shuffle)
+
     def encrypt(self, text: Readable) -> Any:
         """Hash one text.
 
@@ -205,8 +212,8 @@ class SentinelTokenizer:
 
         base = self.tokenizer
         new_ids = self.permutation.tolist()
-        # in the order of the new ids: the order of the original ones would tell which hash is which word
-        vocabulary = dict(sorted(((text, new_ids[i]) for i, text in self._hashes.items()), key=lambda pair: pair[1]))
+        # written to file in the order of the new ids, which does not tell the original ones
+        vocabulary = {text: new_ids[i] for i, text in self._hashes.items()}
         server = Tokenizer(WordLevel(vocabulary, unk_token=base.unk_token))
         server.pre_tokenizer = WhitespaceSplit()
         if (post := base.backend_tokenizer.post_processor) is not None:
@@ -231,6 +238,8 @@ class SentinelTokenizer:
         Raises:
             ValueError: saying whether the hashes or only their ids differ.
         """
+        if not hasattr(server_tokenizer, "get_vocab"):
+            raise TypeError(f"server_tokenizer must be a tokenizer, got {type(server_tokenizer).__name__}")
         theirs = server_tokenizer.get_vocab()
         new_ids = self.permutation.tolist()
         mine = {text: new_ids[i] for i, text in self._hashes.items()}
@@ -243,32 +252,44 @@ class SentinelTokenizer:
         if mine != theirs:
             raise ValueError("the server's ids differ from this client's; was shuffle= the same on both sides?")
 
-    def restore_ids(self, ids: Tensor | Sequence[Any]) -> Tensor:
-        """Original ids from the server's, of any shape.
+    def restore_ids(self, ids: Any) -> Tensor:
+        """Original ids from the server's: a tensor, array or list of any shape.
 
         Raises:
+            TypeError: for numbers that are not whole.
             ValueError: for ids that no token has.
         """
         given = torch.as_tensor(ids)
+        if given.numel() and (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool):
+            raise TypeError(f"ids must be whole numbers, got {given.dtype}")
         if given.numel() and not (int(given.min()) >= 0 and int(given.max()) < len(self._inverse)):
             raise ValueError(f"ids must lie in 0..{len(self._inverse) - 1}, got {int(given.min())}..{int(given.max())}")
         return self._inverse[given.long().cpu()]
 
-    def decrypt_ids(self, ids: Tensor | Sequence[Any], skip_special_tokens: bool = True) -> Any:
+    def decrypt_ids(self, ids: Any, skip_special_tokens: bool = True) -> Any:
         """Text of ids that the server gave, for instance of ``generate``.
 
+        Another key's ids give other words, and no error: compare keys with ``check`` first.
+
         Args:
-            ids: one row of ids, or a batch: a tensor (batch, length) or a list of rows.
+            ids: one row of ids, or a batch: a tensor or array (batch, length) or a list of rows.
             skip_special_tokens: leave special tokens out.
 
         Returns:
             A string, or a list of them for a batch.
+
+        Raises:
+            TypeError: for numbers that are not whole.
+            ValueError: for ids that no token has.
         """
-        rows = ids.tolist() if isinstance(ids, Tensor) else list(ids)
-        if rows and not isinstance(rows[0], int):
-            return [self.decrypt_ids(list(row), skip_special_tokens) for row in rows]
-        restored = self.restore_ids(rows).tolist()
-        return self.tokenizer.decode(restored, skip_special_tokens=skip_special_tokens)
+        if isinstance(ids, (list, tuple)) and ids and not isinstance(ids[0], int):
+            return [self.decrypt_ids(row, skip_special_tokens) for row in ids]  # rows may differ in length
+        restored = self.restore_ids(ids)
+        if restored.ndim == 0:
+            raise TypeError("ids must be a row of ids or a batch of rows, got a single number")
+        if restored.ndim > 1:
+            return [self.decrypt_ids(row, skip_special_tokens) for row in ids]
+        return self.tokenizer.decode(restored.tolist(), skip_special_tokens=skip_special_tokens)
 
     def decrypt(self, text: str, skip_special_tokens: bool = True) -> str:
         """Text of a string of hashes, for instance of one that was stored.
@@ -276,6 +297,8 @@ class SentinelTokenizer:
         Raises:
             ValueError: for a hash that this key did not make.
         """
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a str, got {type(text).__name__}")
         parts = text.split()
         strange = [part for part in parts if part not in self._ids]
         if strange:
@@ -306,28 +329,42 @@ def encrypt_dataset(dataset: Any, fields: Sequence[str], client: SentinelTokeniz
     does not depend on the key.
 
     Args:
-        dataset: ``Dataset`` or ``DatasetDict``.
+        dataset: ``Dataset``, ``IterableDataset``, or a ``DatasetDict`` of them.
         fields: names of the columns, for instance ``("sentence1", "sentence2")``.
         client: the client's tokenizer.
-        how: further arguments of ``Dataset.map``; not ``num_proc``, for which the key would have to be pickled.
+        how: further arguments of the dataset's ``map``; not ``batched``, which is on, and not ``num_proc``, for which
+            the key would have to be pickled.
 
     Raises:
+        TypeError: when the client or the dataset is of another kind, or a column holds no texts.
         ValueError: when a column does not exist, naming those that do; for ``num_proc`` above 1.
     """
     import uuid
 
-    if isinstance(fields, str):
-        raise ValueError(f"fields must be a sequence of column names, got the single string {fields!r}")
+    import datasets
+
+    if not isinstance(client, SentinelTokenizer):
+        raise TypeError(f"client must be a SentinelTokenizer, got {type(client).__name__}")
+    if isinstance(fields, str) or not fields:
+        raise ValueError(f"fields must be a sequence of column names, got {fields!r}")
     if how.get("num_proc") not in (None, 1):
         raise ValueError("num_proc must be 1: the key is not handed to other processes")
+    if "batched" in how:
+        raise ValueError("batched is on already and cannot be set; batch_size can")
     if isinstance(dataset, Mapping):
         splits: Any = type(dataset)
         return splits({name: encrypt_dataset(part, fields, client, **how) for name, part in dataset.items()})
-    if missing := [name for name in fields if name not in dataset.column_names]:
-        raise ValueError(f"fields: there is no column {missing[0]!r}; the dataset has {dataset.column_names}")
+    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+        raise TypeError(
+            f"dataset must be a Dataset, IterableDataset or dictionary of them, got {type(dataset).__name__}"
+        )
+    columns = dataset.column_names  # a stream may not know its own
+    if columns is not None and (missing := [name for name in fields if name not in columns]):
+        raise ValueError(f"fields: there is no column {missing[0]!r}; the dataset has {columns}")
 
     def hashed(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         return {name: client.encrypt_batch(batch[name]) for name in fields}
 
-    fresh = {"load_from_cache_file": False, "new_fingerprint": uuid.uuid4().hex}
-    return dataset.map(hashed, batched=True, **fresh | how)
+    if isinstance(dataset, datasets.Dataset):
+        how = {"load_from_cache_file": False, "new_fingerprint": uuid.uuid4().hex} | how
+    return dataset.map(hashed, batched=True, **how)
