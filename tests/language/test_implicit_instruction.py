@@ -848,7 +848,8 @@ def test_tuning_that_fails_leaves_the_model(tokenizer, tmp_path):
             made.append(1)
             super().__init__(*args, callbacks=[Stop()], **kwargs)
 
-    for config in (None, peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")):
+    linear = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
+    for config in (None, peft.LoraConfig(**linear), peft.LoraConfig(**linear, modules_to_save=["lm_head"])):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(transformers, "Trainer", Stopped)
             with pytest.raises(KeyboardInterrupt):
@@ -857,7 +858,7 @@ def test_tuning_that_fails_leaves_the_model(tokenizer, tmp_path):
         assert [n for n, _ in model.named_modules()] == modules
         assert all(p.requires_grad for p in model.parameters())
         assert not model.training
-    assert len(made) == 2
+    assert len(made) == 3
     with pytest.raises(TypeError, match="causal language model"):
         tune(model.model, tokenizer, ROWS, None)
     with pytest.raises(ValueError, match="places"):

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchgraft.language._access import unwrapped
 from torchgraft.language.implicit_instruction.formats import ChatFormat
+from torchgraft.surgery import evaluating
 
 Normalise = Literal["mean", "sum"]
 Pair = tuple[str, str]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    before = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(before)
 
 
 def response_scores(
@@ -83,7 +72,7 @@ def response_scores(
     head, last = torch.tensor([prompt[:-1]], device=device), prompt[-1]
     ids = torch.tensor([[last, *row, *[last] * (longest - len(row))] for row in rows], device=device)
     real = torch.arange(longest, device=device) < torch.tensor([[len(row)] for row in rows], device=device)
-    with _evaluating(model):
+    with evaluating(model), torch.no_grad():
         logits = _logits(model, head, ids, real, share_prompt)
     # row by row: float64 logits of all at once would need twice the memory of the pass itself
     total = torch.stack(

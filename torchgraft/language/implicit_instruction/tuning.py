@@ -223,8 +223,9 @@ def tune(
             return (loss, outputs) if return_outputs else loss
 
     kind = EveryExample if weighting == "examples" else Trainer
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trained: list[tuple[Tensor, Tensor]] = []
     modes = [(module, module.training) for module in model.modules()]
+    parts = [(module, name, child) for module in model.modules() for name, child in module.named_children()]
     recomputes = _recomputes(model)
     gradients = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     adapted: Any = model
@@ -233,6 +234,9 @@ def tune(
             from peft import get_peft_model
 
             adapted = get_peft_model(model, peft_config)
+        # not of frozen weights, which are most of a model with adapters; nor where the training needs its memory
+        changing = [p for p, _, _ in gradients if p.requires_grad]
+        trained = [(t, t.detach().to("cpu", copy=True)) for t in (*changing, *model.buffers())]
         own, cached = dict(adapted.__dict__), getattr(inner.config, "use_cache", None)
         try:
             collator = ResponseCollator(getattr(tokenizer, "pad_token_id", None) or 0)
@@ -252,10 +256,14 @@ def tune(
                 else:
                     adapted.__dict__[name] = own[name]
     except BaseException:
-        if adapted is not model and hasattr(adapted, "unload"):
-            adapted.unload()
+        # peft's own unload would leave the trained copies of ``modules_to_save``
+        for module, name, child in parts:
+            setattr(module, name, child)
+        if adapted is not model:
             model.__dict__.pop("peft_config", None)
-        model.load_state_dict(before)
+        with torch.no_grad():
+            for tensor, value in trained:
+                tensor.copy_(value)
         for p, needed, grad in gradients:
             p.requires_grad_(needed)
             p.grad = grad
