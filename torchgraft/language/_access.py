@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -288,10 +289,22 @@ def tokenized(tokenizer: Any, texts: Sequence[str], device: torch.device | str =
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
-def _first(output: Any) -> Tensor:
-    found = output[0] if isinstance(output, tuple) else output
-    assert isinstance(found, Tensor)
-    return found
+@contextmanager
+def edited_outputs(edits: Iterable[tuple[nn.Module, Edit]]) -> Iterator[None]:
+    """Change what modules return, or the first of it, until the block ends; see ``edited``."""
+
+    def hook_of(edit: Edit) -> Callable[..., Any]:
+        # blocks of transformers return a tensor from version 5 on, a tuple before
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
+
+        return hook
+
+    with ExitStack() as hooks:
+        for module, edit in edits:
+            hooks.callback(module.register_forward_hook(hook_of(edit)).remove)
+        hooks.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
 
 
 @contextmanager
@@ -319,13 +332,6 @@ def edited(model: nn.Module, edits: Mapping[int, Edit], site: Site = "output") -
             raise ValueError(f"the edit of layer {layer} must return {tuple(hidden.shape)}, {hidden.dtype}, got {got}")
         return new
 
-    def after(layer: int) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            new = checked(layer, _first(output))
-            return (new, *output[1:]) if isinstance(output, tuple) else new
-
-        return hook
-
     def before(layer: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if args:
@@ -334,13 +340,13 @@ def edited(model: nn.Module, edits: Mapping[int, Edit], site: Site = "output") -
 
         return hook
 
+    if site != "input":
+        with edited_outputs([(module, partial(checked, layer)) for layer, module in modules.items()]):
+            yield
+        return
     with ExitStack() as hooks:
         for layer, module in modules.items():
-            if site == "input":
-                handle = module.register_forward_pre_hook(before(layer), with_kwargs=True)
-            else:
-                handle = module.register_forward_hook(after(layer))
-            hooks.callback(handle.remove)
+            hooks.callback(module.register_forward_pre_hook(before(layer), with_kwargs=True).remove)
         hooks.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 

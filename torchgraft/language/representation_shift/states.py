@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from torchgraft.language._access import Access, Edit, unwrapped
+from torchgraft.language._access import Access, Edit, edited_outputs, unwrapped
 from torchgraft.surgery import evaluating
 
 Layer = int | Literal["norm"]
@@ -58,28 +57,6 @@ def refuse_virtual_tokens(model: nn.Module) -> None:
             f"model must not have an active {settings.peft_type.value} adapter, whose tokens stand before the prompt; "
             "adapters inside of layers, such as LoRA, are read and steered"
         )
-
-
-@contextmanager
-def edited_outputs(model: nn.Module, edits: Mapping[Layer, Edit]) -> Iterator[None]:
-    """Change outputs (B, T, D) of layers, or of the final norm, until the block ends or raises.
-
-    What ``torch.compile`` made of a model knows no hooks that came later, so that nothing compiled runs in the block.
-    """
-    modules = {layer: module_of(model, layer) for layer in edits}
-
-    def hook_of(edit: Edit) -> Callable[..., Any]:
-        # blocks of transformers return a tensor from version 5 on, a tuple before
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
-
-        return hook
-
-    with ExitStack() as hooks:
-        for layer, module in modules.items():
-            hooks.callback(module.register_forward_hook(hook_of(edits[layer])).remove)
-        hooks.enter_context(torch.compiler.set_stance("force_eager"))
-        yield
 
 
 @dataclass(frozen=True)
@@ -435,7 +412,9 @@ def collect_states(
                 if at == "predicts":
                     places = torch.nn.functional.pad(_predicting(where, read), (0, 1))
                 kept: dict[Layer, Tensor] = {}
-                with edited_outputs(model, {layer: _keep(kept, layer, places, checked) for layer in layers}):
+                with edited_outputs(
+                    [(module_of(model, layer), _keep(kept, layer, places, checked)) for layer in layers]
+                ):
                     body(**given)
             else:
                 if not read[:, -1].all():
@@ -446,7 +425,7 @@ def collect_states(
                     "do_sample": False, "num_beams": 1, "num_return_sequences": 1, "max_new_tokens": max_new_tokens,
                     "use_cache": True, "return_dict_in_generate": False,
                 }  # fmt: skip
-                with edited_outputs(model, {layer: _append(streams[layer]) for layer in layers}):
+                with edited_outputs([(module_of(model, layer), _append(streams[layer])) for layer in layers]):
                     whole = inner.generate(**given, **(options | generation))
                 answer = torch.ones_like(whole, dtype=torch.bool)
                 answer[:, : tokens.shape[1]] = False

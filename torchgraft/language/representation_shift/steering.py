@@ -16,13 +16,12 @@ from jaxtyping import Float
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from torchgraft.language._access import Access, Edit, unwrapped
+from torchgraft.language._access import Access, Edit, edited_outputs, unwrapped
 from torchgraft.language.representation_shift.concepts import ConceptDictionary
 from torchgraft.language.representation_shift.states import (
     Layer,
     StateSet,
     cached_length,
-    edited_outputs,
     module_of,
     refuse_virtual_tokens,
 )
@@ -300,7 +299,10 @@ def steer(
     watch = decoder.register_forward_pre_hook(clock.reads, with_kwargs=True)
     try:
         edits = {layer: edit_of(vector) for layer, vector in vectors.items()}
-        with _generating(model, clock), edited_outputs(model, edits):
+        with (
+            _generating(model, clock),
+            edited_outputs([(module_of(model, layer), edit) for layer, edit in edits.items()]),
+        ):
             yield
     finally:
         watch.remove()
